@@ -1,0 +1,168 @@
+"""The reference backend: plain torch, float32, CPU or CUDA. What every kernel is compared with.
+
+How a row stays independent of its neighbours, bit for bit:
+  - matrix products are always computed for exactly ROW_TILE rows (short tiles are padded with zeros), because
+    a BLAS library picks its kernel, and with it the order of addition, by the shape. That the position of a
+    row inside such a tile does not matter either is measured for every weight when it is packed, not assumed;
+    where it does matter, that weight's tile is a single row;
+  - attention cuts the context at multiples of SPLIT positions and combines the pieces in order with a running
+    maximum and sum (arXiv:2205.14135), so every product has one shape at every context length, and a piece
+    that is wholly masked for a row multiplies by one and adds zero;
+  - reductions run over the last, contiguous dimension, whose length does not depend on the batch;
+  - silu is written with exp, since torch's own uses a different formula for the elements left over by the
+    vector width, which depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from worker_orcd.backends.base import Activation, AttentionKernel, AttnSpec, PackedWeight, Rope
+from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
+from worker_orcd.errors import InsufficientVram
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.quant.format import format_of
+
+ROW_TILE = 8  # large enough that a prompt is read 8 rows a pass, small enough that one row is not slow
+SPLIT = 256  # positions
+MASKED = float("-inf")
+LOWEST = -1e30  # a running maximum before anything was seen; finite, so that differences are defined
+
+
+class TorchBackend:
+    """float32 on dequantized weights; correct and readable, not fast, and four bytes a weight."""
+
+    name = "torch-reference"
+
+    def __init__(self, device: torch.device) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self.device = device
+        self.attention: AttentionKernel = BasicAttention()
+        self._row_tiles: dict[tuple[int, int], int] = {}
+
+    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
+        """Dequantize to float32 [N, K]. Raises InsufficientVram when the device has no room for it."""
+        blocks = raw.view(-1, type.block_bytes)
+        try:
+            matrix = format_of(type).dequantize(blocks).view(shape)
+        except torch.OutOfMemoryError as error:
+            raise InsufficientVram(f"{shape[0] * shape[1] * 4} bytes for one matrix on {self.device}") from error
+        if shape not in self._row_tiles:
+            self._row_tiles[shape] = ROW_TILE if _is_row_invariant(matrix) else 1
+        return PackedWeight(type, shape, (matrix,))
+
+    def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
+        return table.parts[0][tokens]
+
+    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+        y = tiled_matmul(x, weight.parts[0], self._row_tiles[weight.shape])
+        return y if bias is None else y + bias
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    def rope_and_store(self, qkv: tuple[Tensor, Tensor, Tensor], kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
+        q, k, v = qkv
+        cos = rope.cos[batch.attn.positions].unsqueeze(1)  # [T, 1, half]
+        sin = rope.sin[batch.attn.positions].unsqueeze(1)
+        kv.k.view(-1, *kv.k.shape[2:])[batch.slots] = _rotate(k, cos, sin, rope)
+        kv.v.view(-1, *kv.v.shape[2:])[batch.slots] = v
+        return _rotate(q, cos, sin, rope)
+
+    def activate(self, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
+        assert kind == "silu"
+        return gate / (1.0 + torch.exp(-gate)) * up
+
+
+def tiled_matmul(x: Tensor, matrix: Tensor, row_tile: int) -> Tensor:
+    """x [T, K] · matrix [N, K]ᵀ → [T, N], `row_tile` rows a product. Tiles are copies, so equally aligned."""
+    out = x.new_empty(x.shape[0], matrix.shape[0])
+    for start in range(0, x.shape[0], row_tile):
+        rows = x[start : start + row_tile]
+        tile = x.new_zeros(row_tile, x.shape[1])
+        tile[: len(rows)] = rows
+        out[start : start + len(rows)] = torch.mm(tile, matrix.T)[: len(rows)]
+    return out
+
+
+def _is_row_invariant(matrix: Tensor) -> bool:
+    """Whether a row gives the same bits at every place of a tile, among other neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROW_TILE, matrix.shape[1], generator=generator).to(matrix.device)
+    y = torch.mm(x, matrix.T)
+    alone = x.new_zeros(ROW_TILE, matrix.shape[1])
+    alone[0] = x[-1]
+    shifted = [torch.mm(x.roll(shift, 0), matrix.T).roll(-shift, 0) for shift in (1, 3)]
+    return all(torch.equal(y, other) for other in shifted) and torch.equal(torch.mm(alone, matrix.T)[0], y[-1])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair of dimensions by its angle: x [T, H, D], cos and sin [T, 1, half]."""
+    half = cos.shape[-1]
+    out = x.clone()
+    first, second = (
+        (slice(0, half), slice(half, 2 * half))
+        if rope.style == "half"
+        else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    )
+    a, b = x[..., first], x[..., second]
+    out[..., first] = a * cos - b * sin
+    out[..., second] = a * sin + b * cos
+    return out
+
+
+class BasicAttention:
+    """Attention sequence by sequence, ROW_TILE query rows and SPLIT keys at a time."""
+
+    def __call__(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Tensor:
+        out = torch.empty_like(q)
+        starts, lens = batch.query_starts.tolist(), batch.context_lens.tolist()
+        for s, context_len in enumerate(lens):
+            k, v = _gather(kv, batch.block_table[s], batch.block_size, context_len)
+            for start in range(starts[s], starts[s + 1], ROW_TILE):
+                rows = slice(start, min(start + ROW_TILE, starts[s + 1]))
+                out[rows] = _attend(q[rows], batch.positions[rows], k, v, spec)
+        return out
+
+
+def _gather(kv: LayerKV, blocks: Tensor, block_size: int, context_len: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sequence, padded to whole splits: [splits, Hk, SPLIT, D] each."""
+    padded = -(-context_len // SPLIT) * SPLIT
+    positions = torch.arange(padded, device=blocks.device).clamp_(max=context_len - 1)
+    slots = blocks[positions // block_size] * block_size + positions % block_size
+
+    def pick(cache: Tensor) -> Tensor:
+        heads, dim = cache.shape[2:]
+        rows = cache.view(-1, heads, dim)[slots].float()
+        return rows.view(-1, SPLIT, heads, dim).transpose(1, 2).contiguous()
+
+    return pick(kv.k), pick(kv.v)
+
+
+def _attend(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, spec: AttnSpec) -> Tensor:
+    """q [n ≤ ROW_TILE, Hq, D] against k, v [splits, Hk, SPLIT, D] → [n, Hq, D]."""
+    n, heads, dim = q.shape
+    group = heads // spec.num_kv_heads
+    tile = q.new_zeros(ROW_TILE, spec.num_kv_heads, group, dim)
+    tile[:n] = q.view(n, spec.num_kv_heads, group, dim)
+    tile = tile.permute(1, 0, 2, 3).reshape(spec.num_kv_heads, ROW_TILE * group, dim)
+    row_positions = torch.full((ROW_TILE,), -1, device=q.device)
+    row_positions[:n] = positions
+    limit = row_positions.repeat_interleave(group)[:, None]  # the last position each row may see
+
+    peak = q.new_full((spec.num_kv_heads, ROW_TILE * group, 1), LOWEST)
+    total = torch.zeros_like(peak)
+    acc = torch.zeros_like(tile)
+    offsets = torch.arange(SPLIT, device=q.device)
+    for split in range(k.shape[0]):
+        scores = torch.bmm(tile, k[split].transpose(1, 2)) * spec.scale
+        scores = scores.masked_fill(split * SPLIT + offsets > limit, MASKED)
+        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        weights = torch.exp(scores - new_peak)
+        rescale = torch.exp(peak - new_peak)
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        acc = acc * rescale + torch.bmm(weights, v[split])
+        peak = new_peak
+    acc = acc / total
+    return acc.view(spec.num_kv_heads, ROW_TILE, group, dim).permute(1, 0, 2, 3).reshape(ROW_TILE, heads, dim)[:n]

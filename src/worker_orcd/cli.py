@@ -1,0 +1,138 @@
+"""The command line: serve · haiku · inspect · plan · tokenize · logits.
+
+Flags win over `LLORCH_*` variables, which win over the YAML file (`--config` or LLORCH_CONFIG), which wins over
+defaults; all four come from WorkerConfig. A failure is one line, `CODE: message`, on stderr and exit status 1.
+What a command needs is imported inside it: `inspect`, `plan` and `tokenize` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from cyclopts.config import Env, Yaml
+
+from worker_orcd import __version__
+from worker_orcd.config import WorkerConfig
+from worker_orcd.errors import WorkerError
+
+DEFAULTS = WorkerConfig()
+
+app = App(
+    name="worker-orcd",
+    help="Serve one GGUF model over HTTP, resident in VRAM, with reproducible answers.",
+    version=__version__,
+    help_format="plaintext",
+)
+
+
+@app.command
+def serve(*, config: WorkerConfig = DEFAULTS) -> int:
+    """Load the model and answer requests until SIGTERM or POST /shutdown.
+
+    Events go to stderr, one JSON object a line.
+    """
+    from worker_orcd.worker import run_worker
+
+    return run_worker(config)
+
+
+@app.command
+def haiku(
+    *,
+    prompt: Annotated[str, Parameter(help="What to ask for.")] = "Write a haiku about GPU computing",
+    json: Annotated[bool, Parameter(help="End with one JSON line.", negative="")] = False,
+    config: WorkerConfig = DEFAULTS,
+) -> int:
+    """Start a worker, stream a haiku twice, say whether both were the same and how fast, stop the worker."""
+    from worker_orcd.haiku import run_haiku
+
+    return run_haiku(config, prompt, json)
+
+
+@app.command
+def inspect(
+    file: Annotated[Path, Parameter(help="GGUF file; the first one of a split model.")],
+    *,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> int:
+    """Show what a GGUF file holds: metadata, tensors by type and bytes. Exit 1 when it is malformed."""
+    from worker_orcd.reports import inspect_report
+
+    print(inspect_report(file, json))
+    return 0
+
+
+@app.command
+def plan(
+    file: Annotated[Path, Parameter(help="GGUF file; the first one of a split model.")],
+    *,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+    config: WorkerConfig = DEFAULTS,
+) -> int:
+    """Show every byte `serve` would need for this file, read from its header alone."""
+    from worker_orcd.reports import plan_report
+
+    print(plan_report(file, config, json))
+    return 0
+
+
+@app.command
+def tokenize(
+    *,
+    model: Annotated[Path, Parameter(help="GGUF file; one that holds only a vocabulary will do.")],
+    tokenizer_json: Annotated[Path | None, Parameter(help="Use this tokenizer.json.")] = None,
+    add_special: Annotated[bool, Parameter(help="Add BOS and EOS as the file asks for.")] = False,
+    parse_special: Annotated[bool, Parameter(help="Read special tokens out of the text.")] = True,
+) -> int:
+    """Turn UTF-8 text on stdin into token ids: {"ids": [...]}."""
+    from worker_orcd.reports import tokenize_report
+
+    print(tokenize_report(model, tokenizer_json, sys.stdin.buffer.read(), add_special, parse_special))
+    return 0
+
+
+@app.command
+def logits(
+    *,
+    ids: Annotated[str, Parameter(help="Token ids, as 1,2,3.")],
+    out: Annotated[Path, Parameter(help="Where to write the .npy file: float32 [tokens, vocab].")],
+    config: WorkerConfig = DEFAULTS,
+) -> int:
+    """Write the logits of every position of a token sequence."""
+    from worker_orcd.worker import write_logits
+
+    write_logits(config, ids, out)
+    return 0
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(name="--config", env_var="LLORCH_CONFIG", help="YAML file.")] = None,
+) -> int:
+    """Read the configuration file, then run the command."""
+    for command in (serve, haiku, plan, logits):
+        sources: list[Env | Yaml] = [Env("LLORCH_", command=False)]
+        if config is not None:
+            sources.append(Yaml(config, must_exist=True, use_commands_as_keys=False))
+        app[command.__name__].config = sources
+    return int(app(tokens) or 0)
+
+
+def main() -> None:
+    """Console script. Never shows a traceback for something the user can mend."""
+    try:
+        status = app.meta(result_action="return_value")
+    except WorkerError as error:
+        print(f"{error.code}: {error.message}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone: no one is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -1,0 +1,97 @@
+"""WorkerConfig: the one source of flags, `LLORCH_*` variables, the YAML file and their documentation."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from worker_orcd.errors import StartFailed
+
+KIB, MIB = 1024, 1024 * 1024
+WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _help(text: str, *names: str) -> Parameter:
+    return Parameter(name=names or None, help=text)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """Everything a worker can be told. Values are checked once, here, and never change afterwards."""
+
+    model: Annotated[Path | None, _help("GGUF file to serve; the embedded haiku model when left out.")] = None
+    device: Annotated[
+        Literal["cuda", "cpu"],
+        _help("cuda, or cpu for the float32 reference backend; never chosen on its own."),
+    ] = "cuda"
+    gpu_device: Annotated[int, _help("Index of the GPU.", "--gpu-device", "--gpu")] = 0
+    host: Annotated[str, _help("Address to listen on; loopback only, until API keys exist.")] = "127.0.0.1"
+    port: Annotated[int, _help("TCP port, 1024-65535.")] = 8080
+    worker_id: Annotated[str, _help("Name in events and logs; a new UUID when left out.")] = ""
+    tokenizer_json: Annotated[
+        Path | None, _help("tokenizer.json to use; one beside the model file is found without this.")
+    ] = None
+    context_length: Annotated[
+        int | None, _help("Tokens per sequence, prompt and answer together; the model's own when left out.")
+    ] = None
+    max_tokens_in: Annotated[int | None, _help("Longest prompt in tokens; the context when left out.")] = None
+    max_tokens_out: Annotated[int, _help("Largest max_tokens a request may ask for.")] = 2048
+    kv_cache_size_mb: Annotated[int | None, _help("Cap on the KV cache in MiB; one full context when left out.")] = (
+        None
+    )
+    max_queue: Annotated[int, _help("Requests that may wait; the next one gets 429 with Retry-After.")] = 16
+    inference_timeout_sec: Annotated[
+        float, _help("Seconds from arrival after which a request ends with INFERENCE_TIMEOUT.")
+    ] = 300.0
+    shutdown_timeout_sec: Annotated[
+        float, _help("Seconds that running requests get to finish after SIGTERM or POST /shutdown.")
+    ] = 30.0
+    load_chunk_bytes: Annotated[int, _help("Bytes read from the model file at once.")] = MIB
+    log_level: Annotated[
+        Literal["debug", "info", "warn", "error", "mute"], _help("Least level written to the log.")
+    ] = "info"
+
+    def __post_init__(self) -> None:
+        _in_range("port", self.port, 1024, 65535)
+        _in_range("gpu_device", self.gpu_device, 0, 1023)
+        _in_range("max_tokens_out", self.max_tokens_out, 1, 2**20)
+        _in_range("max_queue", self.max_queue, 0, 2**16)
+        _in_range("load_chunk_bytes", self.load_chunk_bytes, KIB, 2048 * MIB)
+        for name in ("context_length", "max_tokens_in", "kv_cache_size_mb"):
+            if (value := getattr(self, name)) is not None:
+                _in_range(name, value, 1, 2**31 - 1)
+        for name in ("inference_timeout_sec", "shutdown_timeout_sec"):
+            _in_range(name, getattr(self, name), 0.001, 86400.0)
+        if not self.worker_id:
+            object.__setattr__(self, "worker_id", str(uuid.uuid4()))  # the one moment before it is frozen
+        if not WORKER_ID.fullmatch(self.worker_id):
+            raise StartFailed(
+                f"worker_id is {self.worker_id[:80]!r}; it must be a UUID or 1-64 letters, digits, '-', '_' and '.'"
+            )
+        if self.model is not None and self.model.suffix.lower() != ".gguf":
+            raise StartFailed(f"model is {str(self.model)!r}; a path ending in .gguf is needed")
+        _check_loopback(self.host)
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise StartFailed(f"{name} is {value}; it must be from {low} to {high}")
+
+
+def _check_loopback(host: str) -> None:
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise StartFailed(
+            f"host is {host!r}; only loopback addresses (127.0.0.1, ::1, localhost) may be served without "
+            "authentication. Put a proxy in front of the worker to expose it"
+        )

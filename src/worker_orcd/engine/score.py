@@ -1,0 +1,32 @@
+"""Logits of a given text at every position, for comparisons and debugging; nothing is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from worker_orcd.engine.pack import pack
+from worker_orcd.engine.request import Request, SamplingParams
+from worker_orcd.engine.runtime import Runtime
+from worker_orcd.engine.sequence import Chunk, Sequence
+
+
+@torch.inference_mode()
+def score(runtime: Runtime, ids: list[int], chunk: int) -> Tensor:
+    """Row p is what follows ids[: p + 1]: float32 [len(ids), V] on the CPU, computed `chunk` tokens a step."""
+    request = Request("score", ids, max_tokens=1, sampling=SamplingParams(seed=0))
+    seq = Sequence.of(request, runtime.allocator.new_table())
+    rows: list[Tensor] = []
+    runtime.allocator.grow(seq.table, len(ids))
+    try:
+        while seq.num_pending:
+            step = Chunk(seq, min(chunk, seq.num_pending))
+            batch = pack([step], runtime.device)
+            every_row = torch.arange(step.num_tokens, device=runtime.device)
+            rows.append(runtime.adapter.forward(replace(batch, sample_rows=every_row), runtime.kv).cpu())
+            seq.num_computed += step.num_tokens
+    finally:
+        runtime.allocator.release(seq.table)
+    return torch.cat(rows)

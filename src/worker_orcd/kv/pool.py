@@ -1,0 +1,44 @@
+"""The memory of the KV cache: one pair of tensors a layer, allocated once, zeroed, and never resized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from worker_orcd.backends.batch import LayerKV
+from worker_orcd.errors import InsufficientVram
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Size of the cache; `block_size` in tokens."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return per_token * self.num_blocks * self.block_size
+
+
+def allocate_pool(shape: KVShape, device: torch.device) -> list[LayerKV]:
+    """Raises InsufficientVram with the bytes asked for."""
+    size = (shape.num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    try:
+        return [
+            LayerKV(
+                torch.zeros(size, dtype=shape.dtype, device=device),
+                torch.zeros(size, dtype=shape.dtype, device=device),
+            )
+            for _ in range(shape.num_layers)
+        ]
+    except torch.OutOfMemoryError as error:
+        raise InsufficientVram(
+            f"the KV cache needs {shape.nbytes} bytes on {device}; lower --context-length or --kv-cache-size-mb"
+        ) from error

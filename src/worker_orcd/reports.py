@@ -1,0 +1,139 @@
+"""What `inspect`, `plan` and `tokenize` print. No torch on the way here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from worker_orcd.assemble import draw_up
+from worker_orcd.config import WorkerConfig
+from worker_orcd.errors import InvalidRequest
+from worker_orcd.gguf.reader import GgufFile, StringArray, Value
+
+LONG_TEXT = 100  # characters of a value shown on screen
+SHORT_ARRAY = 8  # elements of an array shown
+
+
+def inspect_report(path: Path, as_json: bool) -> str:
+    """Metadata and tensors of a file, as a table or as JSON. Raises ModelLoadFailed on a malformed file."""
+    with GgufFile.open(path) as gguf:
+        report = {
+            "file": str(path),
+            "files": [str(p) for p in gguf.paths],
+            "size_bytes": gguf.size_bytes,
+            "version": gguf.version,
+            "alignment": gguf.alignment,
+            "architecture": gguf.get("general.architecture", str, None),
+            "quant_kind": gguf.quant_kind,
+            "num_tensors": len(gguf.tensors),
+            "tensor_bytes": sum(info.nbytes for info in gguf.tensors.values()),
+            "parameters": sum(int(np.prod(info.shape, dtype=object)) for info in gguf.tensors.values()),
+            "types": _by_type(gguf),
+            "metadata": {key: _shown(value) for key, value in gguf.metadata.items()},
+            "tensors": [
+                {
+                    "name": info.name,
+                    "type": info.type.name,
+                    "shape": list(info.shape),
+                    "bytes": info.nbytes,
+                    "offset": info.offset,
+                }
+                for info in gguf.tensors.values()
+            ],
+        }
+    return _json(report) if as_json else _inspect_table(report)
+
+
+def _by_type(gguf: GgufFile) -> dict[str, dict[str, int]]:
+    counts, nbytes = Counter[str](), Counter[str]()
+    for info in gguf.tensors.values():
+        counts[info.type.name] += 1
+        nbytes[info.type.name] += info.nbytes
+    return {name: {"tensors": counts[name], "bytes": size} for name, size in nbytes.most_common()}
+
+
+def _shown(value: Value) -> Any:
+    """JSON-able form; a long array becomes its kind, length and first elements."""
+    if isinstance(value, StringArray | np.ndarray):
+        kind = "string" if isinstance(value, StringArray) else value.dtype.name
+        first = value[:SHORT_ARRAY]
+        elements = [str(x) for x in first] if kind == "string" else np.asarray(first).tolist()
+        return elements if len(value) <= SHORT_ARRAY else {"array": kind, "length": len(value), "first": elements}
+    return value
+
+
+def _inspect_table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['file']}: GGUF v{report['version']}, {_size(report['size_bytes'])}, "
+        f"{report['architecture'] or 'no architecture'}, {report['quant_kind']}, "
+        f"{report['parameters'] / 1e6:,.1f} M parameters",
+        "",
+        "metadata",
+    ]
+    for key, value in report["metadata"].items():
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        text = text.encode("unicode_escape").decode() if isinstance(value, str) else text
+        lines.append(f"  {key:44} {text if len(text) <= LONG_TEXT else text[: LONG_TEXT - 1] + '…'}")
+    lines += ["", f"types{'':41}tensors          bytes"]
+    lines += [f"  {name:44}{t['tensors']:7} {t['bytes']:14,}" for name, t in report["types"].items()]
+    lines += ["", "tensors"]
+    lines += [
+        f"  {_printable(t['name']):44} {t['type']:6} {'×'.join(map(str, t['shape'])):>16} {t['bytes']:14,}"
+        for t in report["tensors"]
+    ]
+    return "\n".join(lines)
+
+
+def plan_report(path: Path, config: WorkerConfig, as_json: bool) -> str:
+    """Every byte `serve` would need. Raises ModelLoadFailed when it would refuse the file."""
+    blueprint = draw_up(replace(config, model=path))
+    gguf, plan = blueprint.gguf, blueprint.plan
+    gguf.close()
+    report = {
+        "file": str(path),
+        "architecture": blueprint.spec.architecture,
+        "quant_kind": gguf.quant_kind,
+        "device": config.device,
+        "place": plan.place,
+        "context_length": blueprint.context_length,
+        "tensor_bytes": sum(info.nbytes for info in gguf.tensors.values()),
+        "items": [{"purpose": i.purpose, "bytes": i.nbytes, "detail": i.detail} for i in plan.items],
+        "total_bytes": plan.total_bytes,
+    }
+    if as_json:
+        return _json(report)
+    lines = [f"{path}: {plan.place} needed with --device {config.device} (reference backend)"]
+    lines += [f"  {item.purpose:14}{item.nbytes:16,}  {item.detail}" for item in plan.items]
+    return "\n".join([*lines, f"  {'total':14}{plan.total_bytes:16,}  {_size(plan.total_bytes)}"])
+
+
+def tokenize_report(
+    model: Path, tokenizer_json: Path | None, text: bytes, add_special: bool, parse_special: bool
+) -> str:
+    """{"ids": [...]} of UTF-8 text. Raises InvalidRequest naming the offset of a byte that is not UTF-8."""
+    from worker_orcd.tokenizer.load import load_tokenizer
+
+    try:
+        decoded = text.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the text is not UTF-8 at byte {error.start}") from None
+    with GgufFile.open(model) as gguf:
+        tokenizer = load_tokenizer(gguf, tokenizer_json)
+    return _json({"ids": tokenizer.encode(decoded, add_special=add_special, parse_special=parse_special)})
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _printable(name: str) -> str:
+    return name.encode("unicode_escape").decode()
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.2f} MB"
