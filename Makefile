@@ -1,0 +1,41 @@
+# worker-orcd: `make haiku` shows it working, `make test` proves it, `make help` lists the rest.
+PYTHON ?= python3
+BIN    := .venv/bin
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: help .venv haiku test check format test-gpu bench clean
+
+help:                        ## list the targets
+	@grep -E '^[.a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+.venv: $(BIN)/.installed     ## create .venv and install everything into it
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv (a few minutes the first time) …"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+haiku: .venv                 ## start a worker on the embedded model and stream a haiku, twice
+	@$(BIN)/worker-orcd haiku --device $(DEVICE)
+
+test: .venv                  ## the whole suite; needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: .venv                 ## lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+format: .venv                ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: .venv              ## what only a GPU can show
+	$(BIN)/python -m pytest -m gpu
+
+bench: .venv                 ## speed of the reference backend on the embedded model
+	$(BIN)/python benchmarks/bench_engine.py --device $(DEVICE)
+
+clean:                       ## remove what was built or installed
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,138 @@
+"""The life of a worker process: load, listen, serve, end. And `logits`, which only loads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from worker_orcd import __version__, assemble
+from worker_orcd.assemble import Blueprint, draw_up, load_runtime, load_texts
+from worker_orcd.config import WorkerConfig
+from worker_orcd.engine.engine import SerialEngine
+from worker_orcd.engine.score import score
+from worker_orcd.errors import FieldError, InvalidRequest, WorkerError
+from worker_orcd.narration import Narrator
+from worker_orcd.server.app import create_app
+from worker_orcd.server.run import bind, serve
+
+
+class _Stopped(Exception):
+    """A signal arrived before there was anything to drain."""
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Serve until told to stop; returns the exit status. Raises WorkerError when the worker cannot start."""
+    model = str(config.model or assemble.embedded_model())
+    narrator = Narrator(config.worker_id, model, _gpu(config), level=config.log_level)
+    narrator.narrate(
+        "startup",
+        "starting",
+        action="start",
+        version=__version__,
+        pid=os.getpid(),
+        host=config.host,
+        port=config.port,
+    )
+    try:
+        with _stoppable():
+            listener = bind(config.host, config.port)
+            blueprint = draw_up(config)
+            texts = load_texts(config, blueprint)
+            engine = _load_engine(config, blueprint, texts, narrator)
+    except _Stopped:
+        narrator.narrate("shutdown", "stopped while loading", action="stop", reason="signal", exit_code=0)
+        return 0
+    except WorkerError as error:
+        narrator.narrate("error", error.message[:100], level="fatal", action="start", code=error.code)
+        raise
+    app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator)
+    return serve(app, listener, engine, narrator)
+
+
+def _load_engine(
+    config: WorkerConfig, blueprint: Blueprint, texts: assemble.Texts, narrator: Narrator
+) -> SerialEngine:
+    """The one long part of starting, told as it goes."""
+    began = time.monotonic()
+    total = sum(info.nbytes for info in blueprint.gguf.tensors.values())
+    narrator.narrate("model_load_start", f"loading {total} bytes", action="load", bytes_total=total)
+
+    def tell(percent: int, done: int, total: int) -> None:
+        narrator.narrate(
+            "model_load_progress",
+            f"{percent} % loaded",
+            action="load",
+            percent=percent,
+            bytes_done=done,
+            bytes_total=total,
+        )
+
+    runtime = load_runtime(config, blueprint, tell)
+    engine = assemble.build_engine(config, blueprint, runtime, texts.tokenizer)
+    blueprint.gguf.close()
+    narrator.narrate(
+        "model_load_complete",
+        f"loaded {total} bytes",
+        action="load",
+        bytes_total=total,
+        vram_bytes=engine.status().vram_bytes_used,
+        load_ms=round((time.monotonic() - began) * 1e3),
+    )
+    return engine
+
+
+def write_logits(config: WorkerConfig, ids_text: str, out: Path) -> None:
+    """Write float32 [tokens, vocab] for the ids in `ids_text` ("1,2,3") as .npy. Raises InvalidRequest."""
+    blueprint = draw_up(config)
+    ids = _parse_ids(ids_text, blueprint)
+    runtime = load_runtime(config, blueprint, lambda *_: None)
+    values = score(runtime, ids, assemble.PREFILL_CHUNK).numpy()
+    try:
+        with out.open("wb") as file:
+            np.save(file, values)
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {out}: {error.strerror}") from error
+    print(f"{out}: float32 {list(values.shape)}", file=sys.stderr)
+
+
+def _parse_ids(text: str, blueprint: Blueprint) -> list[int]:
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise _bad_ids("type", "comma-separated integers are needed, such as 1,2,3") from None
+    vocab = blueprint.spec.vocab_size
+    if wrong := [i for i in ids if not 0 <= i < vocab]:
+        raise _bad_ids("range", f"{wrong[0]} is outside 0-{vocab - 1}")
+    if len(ids) > blueprint.context_length:
+        raise _bad_ids("range", f"{len(ids)} tokens, the context holds {blueprint.context_length}")
+    return ids
+
+
+def _bad_ids(constraint: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"ids: {message}", [FieldError("ids", constraint, message)])
+
+
+def _gpu(config: WorkerConfig) -> int | None:
+    return config.gpu_device if config.device == "cuda" else None
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into _Stopped while there is no event loop to handle them."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,22 @@
+"""Fixtures for the whole suite."""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data" / "tokenizers"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ggml-vocab-NAME.gguf, .inp (texts) and .out (ids) of five published tokenizers."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for packed in DATA.glob("*.gguf.xz"):
+        (folder / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+    for text in (*DATA.glob("*.inp"), *DATA.glob("*.out")):
+        shutil.copy(text, folder)
+    return folder
