@@ -1,0 +1,1 @@
+"""GGUF model files: reading (nothing in them is trusted) and writing."""

@@ -1,0 +1,1 @@
+"""Tensor storage formats: what the stored bytes of each ggml type mean."""
