@@ -54,15 +54,16 @@ LLAMA3_ROPE = {
 }
 
 
-def configs() -> dict[str, tuple[str, PretrainedConfig]]:
-    """Case → (GGUF architecture, transformers configuration)."""
+def configs(**sizes: int) -> dict[str, tuple[str, PretrainedConfig]]:
+    """Case → (GGUF architecture, transformers configuration); `sizes` replace COMMON's."""
+    common = COMMON | sizes
     return {
-        "llama": ("llama", LlamaConfig(**COMMON, num_key_value_heads=2, tie_word_embeddings=False)),
-        "llama3-rope": ("llama", LlamaConfig(**COMMON, num_key_value_heads=1, rope_parameters=LLAMA3_ROPE)),
-        "llama-tied": ("llama", LlamaConfig(**COMMON, num_key_value_heads=4, tie_word_embeddings=True)),
-        "qwen2": ("qwen2", Qwen2Config(**COMMON, num_key_value_heads=2, tie_word_embeddings=True)),
-        "qwen3": ("qwen3", Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=40, tie_word_embeddings=False)),
-        "phi3": ("phi3", Phi3Config(**COMMON, num_key_value_heads=4, tie_word_embeddings=False)),
+        "llama": ("llama", LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=False)),
+        "llama3-rope": ("llama", LlamaConfig(**common, num_key_value_heads=1, rope_parameters=LLAMA3_ROPE)),
+        "llama-tied": ("llama", LlamaConfig(**common, num_key_value_heads=4, tie_word_embeddings=True)),
+        "qwen2": ("qwen2", Qwen2Config(**common, num_key_value_heads=2, tie_word_embeddings=True)),
+        "qwen3": ("qwen3", Qwen3Config(**{"head_dim": 40} | common, num_key_value_heads=2, tie_word_embeddings=False)),
+        "phi3": ("phi3", Phi3Config(**common, num_key_value_heads=4, tie_word_embeddings=False)),
     }
 
 
@@ -80,8 +81,8 @@ class Tiny:
         return path
 
 
-def build(case: str, seed: int = 0) -> Tiny:
-    arch, config = configs()[case]
+def build(case: str, seed: int = 0, **sizes: int) -> Tiny:
+    arch, config = configs(**sizes)[case]
     torch.manual_seed(seed)
     model = Auto.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
@@ -96,7 +97,9 @@ def build(case: str, seed: int = 0) -> Tiny:
 def _metadata(arch: str, config: PretrainedConfig) -> dict[str, Any]:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    vocab = [f"<{i}>" for i in range(config.vocab_size)]
+    names = ["<unk>", "<s>", "</s>", "<|endoftext|>"]  # llama.cpp looks these up in a phi3 file
+    names += [f"<{i}>" for i in range(256 + len(names), config.vocab_size)]
+    vocab = [*printable_bytes(), *names]
     return {
         "general.architecture": arch,
         "general.name": f"tiny {arch}",
@@ -117,7 +120,15 @@ def _metadata(arch: str, config: PretrainedConfig) -> dict[str, Any]:
         "tokenizer.ggml.tokens": vocab,
         "tokenizer.ggml.token_type": [1] * len(vocab),
         "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 2,
     }
+
+
+def printable_bytes() -> list[str]:
+    """The 256 letters byte-level BPE writes bytes with."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(b) if b in kept else chr(next(spare)) for b in range(256)]
 
 
 def _tensors(arch: str, config: PretrainedConfig, model: PreTrainedModel) -> dict[str, np.ndarray]:

@@ -97,6 +97,7 @@ def load_texts(config: WorkerConfig, blueprint: Blueprint) -> Texts:
             f"the tokenizer knows {tokenizer.vocab_size} tokens, "
             f"token_embd.weight has {blueprint.spec.vocab_size} rows"
         )
+    tokenizer.prepare()
     return Texts(tokenizer, ChatTemplate.from_gguf(blueprint.gguf, tokenizer))
 
 

@@ -8,7 +8,7 @@ complete.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Literal, Protocol
 
 import msgspec
@@ -34,7 +34,7 @@ class Request(msgspec.Struct, frozen=True):
     prompt_ids: list[int]
     max_tokens: int
     sampling: SamplingParams
-    timeout_s: float = 300.0
+    timeout_s: float = 300.0  # from arrival, waiting included
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
@@ -102,7 +102,7 @@ class InferenceEngine(Protocol):
 
     info: ModelInfo
 
-    def run(self, request: Request) -> AsyncIterator[Event]:
+    def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """Queue `request` and yield its events.
 
         Raises Overloaded when the queue is full, ShuttingDown when closing, JobConflict when `request.id` is

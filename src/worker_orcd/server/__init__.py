@@ -1,0 +1,1 @@
+"""The HTTP edge: validation, text, streaming and lifecycle over an `InferenceEngine`; knows no tensors."""

@@ -1,0 +1,156 @@
+"""The ASGI application: routes, and around them the edge that names, guards and answers for every exchange."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from worker_orcd.config import WorkerConfig
+from worker_orcd.engine.request import InferenceEngine
+from worker_orcd.errors import Internal, InvalidRequest, Overloaded, WorkerError
+from worker_orcd.narration import Narrator
+from worker_orcd.server.control import Control, ControlRoutes
+from worker_orcd.server.exchange import Exchange, check_origin, read_exchange
+from worker_orcd.server.execute import Execute
+from worker_orcd.server.prepare import ChatTemplate, Preparer
+from worker_orcd.server.schemas import error_body
+
+if TYPE_CHECKING:
+    from worker_orcd.tokenizer.base import Tokenizer
+
+
+def create_app(
+    engine: InferenceEngine,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    config: WorkerConfig,
+    narrator: Narrator,
+) -> Starlette:
+    """The application over `engine`; its `Control` is `app.state.control`."""
+    control = Control(config.shutdown_timeout_sec)
+    routes = ControlRoutes(control, engine, tokenizer, config)
+    preparer = Preparer(engine, tokenizer, chat_template, config)
+    execute = Execute(engine, tokenizer, preparer, control, narrator)
+    errors = Errors(narrator)
+    app = Starlette(
+        routes=[
+            Route("/execute", execute, methods=["POST"], name="execute"),
+            Route("/v2/execute", execute, methods=["POST"], name="execute_v2"),
+            Route("/health", routes.health, methods=["GET"]),
+            Route("/cancel", routes.cancel, methods=["POST"]),
+            Route("/shutdown", routes.shutdown, methods=["POST"]),
+        ],
+        middleware=[Middleware(Edge, errors=errors)],
+        exception_handlers={HTTPException: errors.answer, WorkerError: errors.answer},
+    )
+    app.router.redirect_slashes = False
+    app.state.control = control
+    return app
+
+
+class Errors:
+    """Answers failed exchanges with the error body, and narrates them."""
+
+    def __init__(self, narrator: Narrator) -> None:
+        self._narrator = narrator
+
+    async def answer(self, connection: HTTPConnection, failure: Exception) -> Response:
+        """The response to `failure`, whatever it is; never shows more of it than its own message."""
+        exchange: Exchange = connection.scope["state"]["exchange"]
+        error, status, headers = _classify(failure)
+        self._narrate(exchange, error, status, failure)
+        body = error_body(error, exchange.correlation_id)
+        return Response(body, status, headers, media_type="application/json")
+
+    def warn_deadline(self, exchange: Exchange) -> None:
+        self._narrator.narrate(
+            "error",
+            "ignored an X-Deadline that is neither RFC 3339 nor Unix milliseconds",
+            level="warn",
+            component="server",
+            action="ignore",
+            target="x-deadline",
+            correlation_id=exchange.correlation_id,
+            reason="malformed X-Deadline",
+        )
+
+    def _narrate(self, exchange: Exchange, error: WorkerError, status: int, failure: Exception) -> None:
+        cause = failure.__cause__ or failure
+        fields = [field.field for field in error.fields] if isinstance(error, InvalidRequest) else []
+        self._narrator.narrate(
+            "error",
+            f"answered {status} {error.code}",
+            level="error" if status >= 500 and not error.retriable else "warn",
+            component="server",
+            action="refuse",
+            correlation_id=exchange.correlation_id,
+            code=error.code,
+            http_status=status,
+            retriable=error.retriable,
+            fields=fields or None,
+            reason=type(cause).__name__,
+        )
+
+
+def _classify(failure: Exception) -> tuple[WorkerError, int, dict[str, str]]:
+    if isinstance(failure, HTTPException):
+        message = failure.detail or HTTPStatus(failure.status_code).phrase
+        return InvalidRequest(message), failure.status_code, dict(failure.headers or {})
+    if isinstance(failure, Overloaded):
+        return failure, failure.http_status, {"retry-after": str(failure.retry_after_s)}
+    if isinstance(failure, WorkerError):
+        return failure, failure.http_status, {}
+    return Internal("the worker failed while serving this request"), 500, {}
+
+
+class Edge:
+    """Outermost: gives each exchange its correlation id, checks where it comes from, catches what nobody caught."""
+
+    def __init__(self, app: ASGIApp, errors: Errors) -> None:
+        self._app = app
+        self._errors = errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = read_exchange(headers)
+        scope.setdefault("state", {})["exchange"] = exchange
+        sender = _Sender(send, exchange.correlation_id)
+        try:
+            if exchange.is_deadline_malformed:
+                self._errors.warn_deadline(exchange)
+            check_origin(headers)
+            await self._app(scope, receive, sender)
+        except ClientDisconnect:
+            return
+        except Exception as failure:
+            response = await self._errors.answer(HttpRequest(scope), failure)
+            if not sender.has_started:
+                await response(scope, receive, sender)
+
+
+class _Sender:
+    """Adds the correlation id to the response, and remembers whether one has begun."""
+
+    def __init__(self, send: Send, correlation_id: str) -> None:
+        self._send = send
+        self._correlation_id = correlation_id
+        self.has_started = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_started = True
+            MutableHeaders(scope=message)["x-correlation-id"] = self._correlation_id
+        await self._send(message)

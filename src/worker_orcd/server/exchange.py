@@ -1,0 +1,92 @@
+"""What the headers of one HTTP exchange say: who may ask, under which correlation id, until when."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+
+_CORRELATION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_UNIX_MS = re.compile(r"[0-9]{1,15}")
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_LONGEST_S = 86400.0
+_PORT = re.compile(r":[0-9]{0,5}\Z")
+
+
+@dataclass
+class Exchange:
+    """`deadline_s` is a moment of the monotonic clock, or None. The connection sets `is_stalled` when it gives up."""
+
+    correlation_id: str
+    deadline_s: float | None
+    is_deadline_malformed: bool = False
+    is_stalled: bool = False
+
+    def remaining_s(self) -> float | None:
+        return None if self.deadline_s is None else self.deadline_s - time.monotonic()
+
+
+def read_exchange(headers: Headers) -> Exchange:
+    """Never fails: a correlation id that is missing, repeated or malformed is replaced by a new UUIDv4."""
+    ids = headers.getlist("x-correlation-id")
+    is_usable = len(ids) == 1 and _CORRELATION_ID.fullmatch(ids[0]) is not None
+    correlation_id = ids[0] if is_usable else str(uuid.uuid4())
+    deadlines = headers.getlist("x-deadline")
+    if not deadlines:
+        return Exchange(correlation_id, None)
+    unix_s = parse_deadline(deadlines[0]) if len(deadlines) == 1 else None
+    if unix_s is None:
+        return Exchange(correlation_id, None, is_deadline_malformed=True)
+    remaining_s = min(unix_s - time.time(), _LONGEST_S)
+    return Exchange(correlation_id, time.monotonic() + remaining_s)
+
+
+def parse_deadline(text: str) -> float | None:
+    """Unix seconds from an X-Deadline: RFC 3339 with an offset, or Unix milliseconds; None when it is neither."""
+    if _UNIX_MS.fullmatch(text):
+        return int(text) / 1000
+    if _RFC3339.fullmatch(text):
+        try:
+            return datetime.fromisoformat(text.upper()).timestamp()
+        except (ValueError, OverflowError):
+            return None
+    return None
+
+
+def check_origin(headers: Headers) -> None:
+    """Refuse pages of other sites that reach the worker through a browser: by name (rebinding) or cross-origin."""
+    hosts = headers.getlist("host")
+    if len(hosts) != 1:
+        raise HTTPException(400, "exactly one Host header is needed")
+    if not is_loopback_host(hosts[0]):
+        raise HTTPException(421, "Host must name the loopback interface: localhost, 127.0.0.1 or [::1]")
+    for origin in headers.getlist("origin"):
+        if not is_loopback_host(_netloc(origin)):
+            raise HTTPException(403, "requests from pages of other origins are refused")
+
+
+def is_loopback_host(host: str) -> bool:
+    """True for `localhost` and loopback addresses, with or without a port."""
+    name = _PORT.sub("", host) if not host.endswith("]") else host
+    if name.lower() == "localhost":
+        return True
+    if name.startswith("[") and name.endswith("]"):
+        name = name[1:-1]
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""

@@ -1,0 +1,97 @@
+"""`POST /execute`: prepares a body, runs it and narrates how it went."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Receive, Scope, Send
+
+from worker_orcd.engine.request import InferenceEngine
+from worker_orcd.errors import InferenceTimeout
+from worker_orcd.narration import Narrator
+from worker_orcd.server.body import read_body
+from worker_orcd.server.control import Control
+from worker_orcd.server.exchange import Exchange
+from worker_orcd.server.generation import Generation
+from worker_orcd.server.prepare import Prepared, Preparer
+from worker_orcd.server.sse import EventStream
+from worker_orcd.tokenizer.stream import TextStream
+
+if TYPE_CHECKING:
+    from worker_orcd.tokenizer.base import Tokenizer
+
+_OUTCOMES = {None: "success", "CANCELLED": "cancelled", "SLOW_CLIENT": "cancelled", "INFERENCE_TIMEOUT": "timeout"}
+
+
+class Execute:
+    """The ASGI endpoint of `/execute`."""
+
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        tokenizer: Tokenizer,
+        preparer: Preparer,
+        control: Control,
+        narrator: Narrator,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._preparer = preparer
+        self._control = control
+        self._narrator = narrator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Exchange = scope["state"]["exchange"]
+        remaining_s = exchange.remaining_s()
+        if remaining_s is not None and remaining_s <= 0:
+            raise InferenceTimeout("X-Deadline has already passed")
+        raw = await read_body(HttpRequest(scope, receive))
+        prepared = await asyncio.to_thread(self._preparer.prepare, raw, exchange.remaining_s())
+        with self._control.open(prepared.request.id, exchange.remaining_s()) as job:
+            text = TextStream(self._tokenizer, prepared.stop)
+            generation = Generation(self._engine, prepared.request, text, EventStream(send))
+            self._narrate_start(prepared, exchange)
+            try:
+                await generation.serve(job, receive, exchange)
+            finally:
+                self._narrate_end(generation, prepared, exchange)
+
+    def _narrate_start(self, prepared: Prepared, exchange: Exchange) -> None:
+        request = prepared.request
+        self._narrator.narrate(
+            "execute_start",
+            f"took a job of {len(request.prompt_ids)} prompt tokens",
+            component="server",
+            action="accept",
+            target=request.id,
+            job_id=request.id,
+            correlation_id=exchange.correlation_id,
+            tokens_in=len(request.prompt_ids),
+            max_tokens=request.max_tokens,
+            prompt_chars=prepared.num_prompt_chars,
+            prompt_sha256=prepared.prompt_sha256,
+        )
+
+    def _narrate_end(self, generation: Generation, prepared: Prepared, exchange: Exchange) -> None:
+        request, tally = prepared.request, generation.tally
+        outcome = _OUTCOMES.get(tally.code, "error")
+        self._narrator.narrate(
+            "execute_end",
+            f"ended a job after {tally.num_tokens} tokens: {tally.stop_reason or tally.code}",
+            level="warn" if outcome == "error" else "info",
+            component="server",
+            action="finish",
+            target=request.id,
+            job_id=request.id,
+            correlation_id=exchange.correlation_id,
+            outcome=outcome,
+            code=tally.code,
+            reason=tally.cause,
+            stop_reason=tally.stop_reason,
+            tokens_in=len(request.prompt_ids),
+            tokens_out=tally.num_tokens,
+            first_token_ms=tally.first_token_ms,
+            decode_time_ms=tally.decode_ms,
+        )

@@ -1,0 +1,124 @@
+"""Listening and serving: the socket, uvicorn, signals, and the way from the first signal to the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+
+from worker_orcd.engine.request import InferenceEngine
+from worker_orcd.errors import StartFailed
+from worker_orcd.narration import Narrator
+from worker_orcd.server.connection import Connection
+from worker_orcd.server.control import Control
+
+BACKLOG = 2048
+KEEP_ALIVE_IDLE_S = 30
+FLUSH_S = 2  # what sockets get to take the last bytes, after the last event
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to a TCP address, not yet listening; raises StartFailed naming the port when that fails."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartFailed(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port, error) from None
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> StartFailed:
+    return StartFailed(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port")
+
+
+def _listen(listener: socket.socket) -> None:
+    """From here on clients get through. Another worker may have taken the port since it was bound."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise _cannot_listen(host, port, error) from None
+
+
+def serve(app: Starlette, listener: socket.socket, engine: InferenceEngine, narrator: Narrator) -> int:
+    """Serve until SIGTERM, SIGINT or POST /shutdown, then drain; returns the exit code.
+
+    A second signal ends the draining. Signals are handled only when called on the main thread. Owns `listener` and
+    `engine` from here on: both are closed when it returns.
+    """
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=logging.CRITICAL + 1,  # narration tells what matters
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_IDLE_S,
+        timeout_graceful_shutdown=FLUSH_S,
+    )
+    try:
+        _listen(listener)
+        vram_bytes = engine.status().vram_bytes_used
+        narrator.narrate("ready", "ready", action="listen", vram_bytes=vram_bytes, port=listener.getsockname()[1])
+        main = _main(_Server(config), app.state.control, listener, narrator)
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(main)
+    finally:
+        engine.close()
+        listener.close()
+    narrator.narrate("shutdown", "stopped", action="stop", reason="done", exit_code=0)
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers; ours outlive the drain, which it knows nothing of."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _main(server: _Server, control: Control, listener: socket.socket, narrator: Narrator) -> None:
+    with _signals(control.stop):
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        stopping = asyncio.create_task(control.stopping.wait())
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            narrator.narrate("shutdown", "draining", action="drain", reason="asked", in_flight=control.num_jobs)
+            await control.drain()
+        server.should_exit = True
+        await serving
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on the loop for every SIGTERM and SIGINT."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    names = (signal.SIGTERM, signal.SIGINT)
+    for name in names:
+        loop.add_signal_handler(name, stop)
+    try:
+        yield
+    finally:
+        for name in names:
+            loop.remove_signal_handler(name)

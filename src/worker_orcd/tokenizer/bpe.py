@@ -1,0 +1,108 @@
+"""Byte-level BPE from the vocabulary and merges of a GGUF file (`tokenizer.ggml.model` = gpt2).
+
+The merging is done by the `tokenizers` library, which needs some tenths of a second to take over 150,000 tokens and
+merges. Until it has been asked to (`prepare`, or the first long text), short texts are merged here, so that
+a command line that tokenizes one sentence does not wait for it. Both ways give the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from typing import Final
+
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
+
+from worker_orcd.errors import ModelLoadFailed
+from worker_orcd.gguf.access import TypedAccess
+from worker_orcd.tokenizer.base import VocabularyTokenizer
+from worker_orcd.tokenizer.pretokenize import PreTokenizer, pre_tokenizer
+from worker_orcd.tokenizer.special import SpecialTokens
+from worker_orcd.tokenizer.vocabulary import read_vocabulary
+
+_SHORT_TEXT: Final = 512  # characters; even one word of this length is merged before the library is prepared
+_NEVER: Final = 2**62  # the rank of a pair that no merge joins
+
+
+class BpeTokenizer(VocabularyTokenizer):
+    """Splits text into words by the model's expressions, then merges each word's bytes by rank."""
+
+    model = "bpe"
+
+    def __init__(self, gguf: TypedAccess) -> None:
+        """Raises ModelLoadFailed for an unknown pre-tokenizer."""
+        self._rule = pre_tokenizer(gguf.get("tokenizer.ggml.pre", str, "default"))
+        super().__init__(read_vocabulary(gguf, add_bos=self._rule.add_bos))
+        self._special = SpecialTokens(self.vocabulary)
+        self._splitter = _splitter(self._rule)
+        self._merges = gguf.require("tokenizer.ggml.merges", "strings").decode_all()  # lines "left right"
+
+    def prepare(self) -> None:
+        """Raises ModelLoadFailed when the merges do not fit the vocabulary."""
+        _ = self._library  # built when first asked for
+
+    def _encode_plain(self, text: str, parse_special: bool) -> list[int]:
+        is_prepared = "_library" in self.__dict__
+        encode = self._merge_long if is_prepared or len(text) > _SHORT_TEXT else self._merge_short
+        ids: list[int] = []
+        for part in self._special.split(text, parse_special):
+            ids += [part] if isinstance(part, int) else encode(part)
+        return ids
+
+    def _merge_long(self, text: str) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _merge_short(self, text: str) -> list[int]:
+        known = self.vocabulary.ids
+        return [known[part] for word in self._words(text) for part in self._parts(word) if part in known]
+
+    def _words(self, text: str) -> Iterator[str]:
+        for word, _ in self._splitter.pre_tokenize_str(text):
+            yield word
+
+    def _parts(self, word: str) -> list[str]:
+        """A word merged: the pair of the lowest rank first, the left-most of equal ones."""
+        if self._rule.whole_words and word in self.vocabulary.ids:
+            return [word]
+        parts = list(word)
+        while len(parts) > 1:
+            ranks = [self._ranks.get(f"{left} {right}", _NEVER) for left, right in pairwise(parts)]
+            lowest = min(ranks)
+            if lowest == _NEVER:
+                break
+            at = ranks.index(lowest)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        return parts
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        return dict(zip(self._merges, range(len(self._merges)), strict=True))
+
+    @cached_property
+    def _library(self) -> HfTokenizer:
+        merges = _pairs(self._merges)
+        try:
+            model = models.BPE(self.vocabulary.ids, merges, ignore_merges=self._rule.whole_words)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelLoadFailed(f"tokenizer.ggml.merges do not fit the tokens: {str(error)[:200]}") from error
+        tokenizer = HfTokenizer(model)
+        tokenizer.pre_tokenizer = self._splitter
+        return tokenizer
+
+
+def _pairs(lines: list[str]) -> list[tuple[str, str]]:
+    """One split of the joined lines is twice as fast as one for each."""
+    halves = " ".join(lines).split(" ") if lines else []
+    if len(halves) != 2 * len(lines):
+        bad = next(i for i, line in enumerate(lines) if line.count(" ") != 1)
+        raise ModelLoadFailed(f"tokenizer.ggml.merges[{bad}] is not two tokens with a space between")
+    return list(zip(halves[::2], halves[1::2], strict=True))
+
+
+def _splitter(rule: PreTokenizer) -> pre_tokenizers.Sequence:
+    """Text to words in byte letters."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

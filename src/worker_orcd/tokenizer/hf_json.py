@@ -1,0 +1,73 @@
+"""A tokenizer.json beside the model: it encodes; the vocabulary, checked to be the same, is the GGUF file's.
+
+Its regular expressions run as they stand, with no limit of time: the file needs the trust that the model needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from tokenizers import Tokenizer as HfTokenizer
+
+from worker_orcd.errors import ModelLoadFailed
+from worker_orcd.gguf.access import TypedAccess
+from worker_orcd.tokenizer.base import TokenizerModel, VocabularyTokenizer
+from worker_orcd.tokenizer.pretokenize import PRE_TOKENIZERS
+from worker_orcd.tokenizer.vocabulary import read_vocabulary
+
+_NUM_COMPARED = 4096
+MAX_JSON_BYTES = 64 * 2**20
+
+
+class HfJsonTokenizer(VocabularyTokenizer):
+    """Encodes as the file's own pipeline does, special tokens included; BOS and EOS are added as GGUF says."""
+
+    kind = "hf-json"
+
+    def __init__(self, gguf: TypedAccess, path: Path) -> None:
+        """Raises ModelLoadFailed when `path` is no tokenizer.json or has another vocabulary than the model."""
+        self.model: TokenizerModel = "spm" if gguf.require("tokenizer.ggml.model", str) == "llama" else "bpe"
+        rule = PRE_TOKENIZERS.get(gguf.get("tokenizer.ggml.pre", str, "default"))
+        vocabulary = read_vocabulary(gguf, add_bos=self.model == "spm" or (rule is not None and rule.add_bos))
+        super().__init__(vocabulary)
+        self._tokenizer = _read(path)
+        self._lock = Lock()  # `encode_special_tokens` is a setting of the shared object
+        self._check_same(path)
+
+    def _encode_plain(self, text: str, parse_special: bool) -> list[int]:
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not parse_special
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _check_same(self, path: Path) -> None:
+        """Every special token and some thousands of the others, evenly spread, must have the same text in both."""
+        tokens, padding = self.vocabulary.tokens, set(self.vocabulary.unsampleable)
+        num_ours, num_theirs = len(tokens) - len(padding), self._tokenizer.get_vocab_size()
+        if not num_ours <= num_theirs <= len(tokens):
+            raise ModelLoadFailed(
+                f"{path.name} has {num_theirs} tokens, the model file {num_ours} and {len(padding)} padding rows;"
+                " it belongs to another model: remove it or replace it"
+            )
+        spread = np.linspace(0, len(tokens) - 1, min(_NUM_COMPARED, len(tokens))).astype(int).tolist()
+        for token_id in sorted({*spread, *self.vocabulary.control} - padding):
+            theirs = self._tokenizer.id_to_token(token_id)
+            if theirs != tokens[token_id]:
+                raise ModelLoadFailed(
+                    f"{path.name} has {theirs!r:.80} as token {token_id}, the model file {tokens[token_id]!r:.80};"
+                    " it belongs to another model: remove it or replace it"
+                )
+
+
+def _read(path: Path) -> HfTokenizer:
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ModelLoadFailed(f"{path.name} has {size} bytes, the limit is {MAX_JSON_BYTES}")
+        return HfTokenizer.from_buffer(path.read_bytes())
+    except OSError as error:
+        raise ModelLoadFailed(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelLoadFailed(f"{path.name} is not a tokenizer.json: {str(error)[:200]}") from error

@@ -1,0 +1,142 @@
+"""The vocabulary of a GGUF file: token texts and types, and the ids with a meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker_orcd.errors import ModelLoadFailed
+from worker_orcd.gguf.access import TypedAccess
+
+# fmt: off
+# Texts by which models mark the end of an answer.
+END_TEXTS: Final = frozenset(
+    {
+        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<|endoftext|>",
+        "<|end_of_text|>", "<|eom_id|>", "<end_of_turn>", "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+        "<end_of_utterance>", "<turn|>", "<｜end▁of▁sentence｜>", "[e~[",
+    }
+)
+# Fill-in-the-middle and repository marks that separate documents: nothing of the answer can follow them.
+BOUNDARY_TEXTS: Final = frozenset(
+    {
+        "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>",
+        "<reponame>", "<|file_sep|>",
+    }
+)
+# fmt: on
+_END_KEYS: Final = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+
+
+class TokenType(IntEnum):
+    """Values of `tokenizer.ggml.token_type`."""
+
+    UNDEFINED = 0
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`tokens[id]` is a text as stored, `types[id]` a TokenType, `ids` the inverse of `tokens`."""
+
+    tokens: list[str]
+    ids: dict[str, int]
+    types: NDArray[Any]  # [V]
+    bos_id: int | None
+    eos_id: int | None
+    eog_ids: frozenset[int]
+    control: frozenset[int]
+    unsampleable: Sequence[int]
+    add_bos: bool
+    add_eos: bool
+    max_context: int | None
+
+    def of_type(self, *types: TokenType) -> list[int]:
+        """Ids of all tokens of these types, ascending."""
+        return [int(i) for i in np.flatnonzero(np.isin(self.types, types))]
+
+
+def read_vocabulary(gguf: TypedAccess, add_bos: bool) -> Vocabulary:
+    """Read the vocabulary; `add_bos` holds where the file does not say. Raises ModelLoadFailed."""
+    tokens = gguf.require("tokenizer.ggml.tokens", "strings").decode_all()
+    ids = _ids_by_text(tokens)
+    types = gguf.get("tokenizer.ggml.token_type", "ints", np.full(len(tokens), TokenType.NORMAL), min=0, max=6)
+    if len(types) != len(tokens):
+        raise ModelLoadFailed(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    eog_ids = frozenset(_end_ids(gguf, ids, types))
+    padding = frozenset(_padding(tokens, types))
+    unused = {int(i) for i in np.flatnonzero(types == TokenType.UNUSED)}
+    control = {int(i) for i in np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN)))}
+    suppressed = gguf.get("tokenizer.ggml.suppress_tokens", "ints", np.empty(0, int), min=0, max=len(tokens) - 1)
+    return Vocabulary(
+        tokens=tokens,
+        ids=ids,
+        types=types,
+        bos_id=_special_id(gguf, "bos", len(tokens)),
+        eos_id=_special_id(gguf, "eos", len(tokens)),
+        eog_ids=eog_ids,
+        control=frozenset(control | eog_ids) - padding,
+        unsampleable=tuple(sorted(padding | unused | set(suppressed.tolist()))),
+        add_bos=gguf.get("tokenizer.ggml.add_bos_token", bool, add_bos),
+        add_eos=gguf.get("tokenizer.ggml.add_eos_token", bool, False),
+        max_context=_max_context(gguf),
+    )
+
+
+def _ids_by_text(tokens: list[str]) -> dict[str, int]:
+    """Fills `tokens` in place where a text is empty, so that every id has a text of its own."""
+    if not tokens:
+        raise ModelLoadFailed("tokenizer.ggml.tokens is empty; the file has no vocabulary to build a tokenizer from")
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    if "" in ids:
+        tokens[:] = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
+        ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(ids) != len(tokens):
+        first = next(i for i, text in enumerate(tokens) if ids[text] != i)
+        raise ModelLoadFailed(f"tokenizer.ggml.tokens: ids {first} and {ids[tokens[first]]} have the same text")
+    return ids
+
+
+def _special_id(gguf: TypedAccess, name: str, num_tokens: int) -> int | None:
+    return gguf.get(f"tokenizer.ggml.{name}_token_id", int, None, min=0, max=num_tokens - 1)
+
+
+def _end_ids(gguf: TypedAccess, ids: dict[str, int], types: NDArray[Any]) -> Iterator[int]:
+    """Ids after which generation ends: those the file names, and those known by their text.
+
+    Converters forget to mark such tokens as control (Phi-3's <|end|>), so the text alone decides; except that some
+    vocabularies have learned tags of HTML like </s> as ordinary tokens, hence `<|` where the type is normal.
+    """
+    for name in _END_KEYS:
+        token_id = _special_id(gguf, name, len(ids))
+        if token_id is not None:
+            yield token_id
+    known = (END_TEXTS | BOUNDARY_TEXTS) & ids.keys()
+    texts = {text for text in known if text.startswith("<|") or types[ids[text]] != TokenType.NORMAL}
+    # Harmony and its kin end a message, not the answer, with <|end|>: the answer ends with one of the others.
+    if {"<|return|>", "<|call|>"} <= texts or {"<|flush|>", "<|calls|>"} <= texts:
+        texts -= {"<|end|>"}
+    for text in texts:
+        yield ids[text]
+
+
+def _padding(tokens: list[str], types: NDArray[Any]) -> Iterator[int]:
+    """Rows that converters add to fill the embedding up: `[PAD<id>]`, of whatever type but normal."""
+    for i in np.flatnonzero((types != TokenType.NORMAL) & (types != TokenType.BYTE)):
+        if tokens[i] == f"[PAD{i}]":
+            yield int(i)
+
+
+def _max_context(gguf: TypedAccess) -> int | None:
+    architecture = gguf.get("general.architecture", str, None)
+    return gguf.get(f"{architecture}.context_length", int, None, min=1) if architecture else None

@@ -1,0 +1,274 @@
+"""Special tokens, ids with a meaning, errors, long inputs, tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as HfTokenizer
+
+from tests.tokenizer.vocabularies import (
+    CONTROL,
+    DATA,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    bpe_metadata,
+    spm_metadata,
+    written,
+)
+from worker_orcd.errors import InvalidRequest, ModelLoadFailed
+from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.tokenizer.bpe import BpeTokenizer
+from worker_orcd.tokenizer.load import load_tokenizer
+from worker_orcd.tokenizer.pretokenize import PRE_TOKENIZERS, pre_tokenizer
+
+PIECES = {"▁": -9, "a": -8, "b": -7, "▁a": -1, "ab": -2, "▁ab": -3, "▁▁": -4, "▁▁▁": -4}
+
+
+def _bpe(folder: Path, extra: dict[str, int], **others: Any) -> BpeTokenizer:
+    tokenizer = load_tokenizer(written(folder, bpe_metadata(extra, **others)))
+    assert isinstance(tokenizer, BpeTokenizer)
+    return tokenizer
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [tokenizer.vocabulary.tokens[i] for i in ids]
+
+
+def test_special_tokens_are_parsed_on_demand(tmp_path: Path) -> None:
+    tokenizer = _bpe(tmp_path, {"<|x|>": CONTROL, "<|x|>y": CONTROL, "<u>": USER_DEFINED, "[PAD101]": USER_DEFINED})
+    parse, plain = tokenizer.encode("he<|x|>y<u>"), tokenizer.encode("he<|x|>y<u>", parse_special=False)
+    assert _texts(tokenizer, parse) == ["he", "<|x|>y", "<u>"]
+    assert _texts(tokenizer, plain) == ["he", "<", "|", "x", "|", ">", "y", "<u>"]
+    assert tokenizer.decode(parse) == "he<u>"
+    assert tokenizer.decode(parse, skip_special=False) == "he<|x|>y<u>"
+    assert tokenizer.token_bytes(parse[1]) == b""
+    assert [tokenizer.is_control(i) for i in parse] == [False, True, False]
+    assert len(tokenizer.encode("[PAD101]")) == 8, "padding rows are nobody's text"
+
+
+def test_a_special_token_of_one_character_is_found_beside_longer_ones(tmp_path: Path) -> None:
+    tokenizer = _bpe(tmp_path, {"§": CONTROL, "§long": CONTROL})
+    assert _texts(tokenizer, tokenizer.encode("§lo§long")) == ["§", "l", "o", "§long"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "keys", "expected"),
+    [
+        ("qwen2", {}, ["he"]),
+        ("llama-bpe", {}, ["<s>", "he"]),
+        ("llama-bpe", {"add_bos_token": False}, ["he"]),
+        ("qwen2", {"add_bos_token": True, "add_eos_token": True}, ["<s>", "he", "<e>"]),
+    ],
+)
+def test_bos_and_eos_are_added_as_the_file_or_the_pre_tokenizer_says(
+    tmp_path: Path, pre: str, keys: dict[str, bool], expected: list[str]
+) -> None:
+    extra = {"<s>": CONTROL, "<e>": CONTROL}
+    tokenizer = _bpe(tmp_path, extra, pre=pre, bos_token_id=98, eos_token_id=99, **keys)
+    assert _texts(tokenizer, tokenizer.encode("he")) == expected
+    assert _texts(tokenizer, tokenizer.encode("<s>he<e>")) == ["<s>", "he", "<e>"], "never twice"
+    assert _texts(tokenizer, tokenizer.encode("he", add_special=False)) == ["he"]
+    assert tokenizer.encode("<s>he", parse_special=False).count(98) == expected.count("<s>")
+
+
+def test_ids_that_end_generation(tmp_path: Path) -> None:
+    def ends(extra: dict[str, int], **keys: int) -> list[str]:
+        tokenizer = _bpe(tmp_path, extra, **keys)
+        return sorted(_texts(tokenizer, list(tokenizer.eog_ids)))
+
+    harmony = {"<|return|>": CONTROL, "<|call|>": CONTROL, "<|end|>": CONTROL, "<|endoftext|>": CONTROL}
+    assert ends(harmony) == ["<|call|>", "<|endoftext|>", "<|return|>"]
+    assert ends({"<|end|>": NORMAL, "<|user|>": CONTROL}) == ["<|end|>"], "marked or not"
+    assert ends({"</s>": NORMAL}) == [], "a tag of HTML that the vocabulary has learned"
+    assert ends({"</s>": CONTROL, "<|file_sep|>": CONTROL}) == ["</s>", "<|file_sep|>"]
+    assert ends({"<over>": CONTROL, "<turn>": CONTROL}, eos_token_id=98, eot_token_id=99) == ["<over>", "<turn>"]
+
+
+def test_padding_and_unused_tokens_are_never_sampled_nor_text(tmp_path: Path) -> None:
+    tokenizer = _bpe(tmp_path, {"<r0>": UNUSED, "[PAD99]": USER_DEFINED, "[PAD7]": USER_DEFINED})
+    assert list(tokenizer.unsampleable) == [98, 99]
+    assert [tokenizer.token_bytes(i) for i in (98, 99, 100)] == [b"", b"", b"[PAD7]"]
+
+
+def test_token_ids_out_of_range_are_refused(tmp_path: Path) -> None:
+    tokenizer = _bpe(tmp_path, {})
+    for token_id in (-1, tokenizer.vocab_size):
+        with pytest.raises(InvalidRequest, match=f"token id {token_id} "):
+            tokenizer.decode([token_id])
+
+
+def test_surrogates_become_replacement_characters() -> None:
+    with GgufFile.open(DATA / "small-bpe.gguf") as gguf:
+        tokenizer = load_tokenizer(gguf)
+    assert tokenizer.decode(tokenizer.encode("a\ud800b\ud83d\ude00")) == "a\ufffdb😀"
+
+
+@pytest.mark.parametrize(
+    ("space_prefix", "text", "expected"),
+    [
+        (True, "ab", ["▁ab"]),
+        (True, " ab", ["▁", "▁ab"]),
+        (False, "ab", ["ab"]),
+        (True, "a<|u|>ab<|u|>  é", ["▁a", "<|u|>", "▁ab", "<|u|>", "▁▁▁", "<0xC3>", "<0xA9>"]),
+        (True, "", []),
+    ],
+)
+def test_spm_prefix_and_byte_fallback(tmp_path: Path, space_prefix: bool, text: str, expected: list[str]) -> None:
+    metadata = spm_metadata(PIECES, {"<|u|>": CONTROL}, add_space_prefix=space_prefix)
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    assert _texts(tokenizer, tokenizer.encode(text, add_special=False)) == expected
+    assert tokenizer.encode(text)[:1] == [1]
+    assert (tokenizer.kind, tokenizer.model) == ("gguf-bpe", "spm")
+
+
+def test_phi3_special_tokens_own_the_white_space_after_them(tmp_path: Path) -> None:
+    metadata = spm_metadata(PIECES, {"<|u|>": CONTROL, "<|endoftext|>": CONTROL}) | {"general.architecture": "phi3"}
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    ids = tokenizer.encode("<|u|> \n ab<|endoftext|> a", add_special=False)
+    assert _texts(tokenizer, ids) == ["<|u|>", "▁ab", "<|endoftext|>", "▁", "▁a"]
+
+
+def test_context_length_and_kinds(tmp_path: Path) -> None:
+    metadata = bpe_metadata({}) | {"llama.context_length": 77}
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    assert (tokenizer.max_context, tokenizer.kind, tokenizer.model) == (77, "gguf-bpe", "bpe")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (None, None, 98)
+    assert _bpe(tmp_path, {}).max_context is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.model": "rwkv"}, "tokenizer.ggml.model 'rwkv'.*gpt2 and llama"),
+        ({"tokenizer.ggml.pre": "brand-new"}, "tokenizer.ggml.pre 'brand-new'.*known are.*llama-bpe"),
+        ({"tokenizer.ggml.merges": ["h e", "nospace"]}, r"merges\[1\]"),
+        ({"tokenizer.ggml.merges": ["h zz"]}, "zz"),
+        (
+            {"tokenizer.ggml.tokens": ["a", "b", "a"], "tokenizer.ggml.token_type": [1, 1, 1]},
+            "ids 0 and 2 have the same",
+        ),
+        ({"tokenizer.ggml.token_type": [9] * 98}, "token_type"),
+    ],
+)
+def test_what_is_wrong_with_a_vocabulary_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelLoadFailed, match=message):
+        load_tokenizer(written(tmp_path, bpe_metadata({}) | changes)).prepare()
+
+
+def test_missing_parts_and_malformed_byte_tokens_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match=r"tokenizer\.ggml\.model"):
+        load_tokenizer(written(tmp_path, {"general.architecture": "llama"}))
+    without_scores = spm_metadata(PIECES, {})
+    del without_scores["tokenizer.ggml.scores"]
+    with pytest.raises(ModelLoadFailed, match="scores"):
+        load_tokenizer(written(tmp_path, without_scores))
+    malformed = spm_metadata(PIECES, {})
+    malformed["tokenizer.ggml.tokens"][5] = "<0x-2>"
+    with pytest.raises(ModelLoadFailed, match=r"tokens\[5\]"):
+        load_tokenizer(written(tmp_path, malformed))
+
+
+def test_every_pre_tokenizer_keeps_all_text(tmp_path: Path) -> None:
+    """Each rule's expressions compile, and cutting a text into words loses nothing of it."""
+    with GgufFile.open(DATA / "small-bpe.gguf") as gguf:
+        metadata = {k: v.decode_all() if hasattr(v, "decode_all") else v for k, v in gguf.metadata.items()}
+    text = "It's 12345 x+y==z, naïve 中文ABC def\n\n \t 🦙 e\u0301 don'T\r\n  end "
+    for name in PRE_TOKENIZERS:
+        tokenizer = load_tokenizer(written(tmp_path, metadata | {"tokenizer.ggml.pre": name}))
+        assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text, name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("llama-bpe", "It'S 12345", ["It", "'S", "Ġ", "123", "45"]),
+        ("qwen2", "It'S 123", ["It", "'S", "Ġ", "1", "2", "3"]),
+        ("gpt-2", "It's 123  x", ["It", "'s", "Ġ123", "Ġ", "Ġx"]),
+        ("gpt-4o", "fooBar we'll 1234 a//\n", ["foo", "Bar", "Ġwe'll", "Ġ", "123", "4", "Ġa", "//Ċ"]),
+        ("starcoder", "a 12", ["a", "Ġ", "1", "2"]),
+        ("falcon", "a 12345!", ["a", "Ġ", "123", "45", "!"]),
+        ("deepseek-v3", "1234.foo", ["123", "4", ".foo"]),
+        ("tekken", "fooBar 12", ["foo", "Bar", "Ġ", "1", "2"]),
+        ("default", "a 1234!", ["a", "Ġ", "123", "4", "!"]),
+    ],
+)
+def test_words(tmp_path: Path, name: str, text: str, words: list[str]) -> None:
+    tokenizer = _bpe(tmp_path, {}, pre=name)
+    assert list(tokenizer._words(text)) == words
+    assert pre_tokenizer(name).whole_words == (name in ("llama-bpe", "tekken"))
+
+
+@pytest.mark.parametrize("name", ["small-bpe", "small-spm"])
+@pytest.mark.parametrize(
+    "text", ["a" * 131_072, " " * 131_072, "1" * 131_072, "中文" * 65_536, " \n" * 131_072, "<|" * 131_072],
+    ids=["letters", "spaces", "digits", "CJK", "white space", "signs"],
+)  # fmt: skip
+def test_long_uniform_texts_take_linear_time(name: str, text: str) -> None:
+    with GgufFile.open(DATA / f"{name}.gguf") as gguf:
+        tokenizer = load_tokenizer(gguf)
+    start = time.perf_counter()
+    assert tokenizer.decode(tokenizer.encode(text)).endswith(text[-100:])
+    assert time.perf_counter() - start < 5
+
+
+def test_a_mebibyte_of_text() -> None:
+    text = ("The old pond lies still; 12 frogs jump in. 古い池に蛙が飛びこんで。 " * 20_000)[: 2**20]
+    with GgufFile.open(DATA / "small-bpe.gguf") as gguf:
+        tokenizer = load_tokenizer(gguf)
+    start = time.perf_counter()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - start < 10
+
+
+def _write_json(folder: Path, library: HfTokenizer) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(library.to_str(), encoding="utf-8")
+    return path
+
+
+def _library(tokenizer: BpeTokenizer) -> HfTokenizer:
+    """The same tokenizer as a tokenizer.json would hold it."""
+    library = HfTokenizer.from_str(tokenizer._library.to_str())
+    special = [AddedToken(tokenizer.vocabulary.tokens[i], special=True) for i in sorted(tokenizer.vocabulary.control)]
+    library.add_special_tokens(special)
+    return library
+
+
+def test_tokenizer_json_beside_the_model(tmp_path: Path) -> None:
+    extra = {"<s>": CONTROL, "<|end|>": CONTROL, "[PAD100]": UNUSED}
+    metadata = bpe_metadata(extra, bos_token_id=98, eos_token_id=99, add_bos_token=True)
+    plain = _bpe(tmp_path, extra, bos_token_id=98, eos_token_id=99, add_bos_token=True)
+    _write_json(tmp_path, _library(plain))
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    assert tokenizer.kind == "hf-json"
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eog_ids) == (98, 99, {99})
+    for text in ("hello hell", "<s>he<|end|>", "", " he \n he", "<|end|><|end"):
+        for parse in (True, False):
+            assert tokenizer.encode(text, parse_special=parse) == plain.encode(text, parse_special=parse)
+    assert tokenizer.decode(tokenizer.encode("hello<|end|>")) == "hello"
+
+
+def test_tokenizer_json_of_another_model_is_refused(tmp_path: Path) -> None:
+    extra = {"<s>": CONTROL, "<e>": CONTROL}
+    other = json.loads(_library(_bpe(tmp_path, extra)).to_str())
+    swapped = {"h": other["model"]["vocab"]["e"], "e": other["model"]["vocab"]["h"]}
+    other["model"]["vocab"] |= swapped
+    gguf = written(tmp_path, bpe_metadata(extra))
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(other))
+    with pytest.raises(ModelLoadFailed, match="belongs to another model"):
+        load_tokenizer(gguf, path)
+    path.write_text(_library(_bpe(tmp_path, {**extra, "<more>": CONTROL})).to_str())
+    with pytest.raises(ModelLoadFailed, match="101 tokens, the model file 100"):
+        load_tokenizer(gguf, path)
+    path.write_text("{}")
+    with pytest.raises(ModelLoadFailed, match=r"is not a tokenizer\.json"):
+        load_tokenizer(gguf, path)
+    with pytest.raises(ModelLoadFailed, match="cannot be read"):
+        load_tokenizer(gguf, tmp_path / "absent.json")
