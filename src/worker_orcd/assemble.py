@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -130,6 +131,8 @@ def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProg
     from worker_orcd.models.weights import load_weights
 
     device = select_device(config)
+    if device.type == "cpu":  # leave a core to HTTP: threads that share theirs wait whole time slices for each other
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     gguf, spec, context = blueprint.gguf, blueprint.spec, blueprint.context_length
     if device.type == "cuda":
         blueprint.plan.require(torch.cuda.mem_get_info(device)[0], str(device), str(gguf.path))

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Env, Yaml
 
 from worker_orcd import __version__
 from worker_orcd.config import WorkerConfig
-from worker_orcd.errors import WorkerError
+from worker_orcd.errors import StartFailed, WorkerError
 
 DEFAULTS = WorkerConfig()
 
@@ -56,6 +56,7 @@ def haiku(
 @app.command
 def inspect(
     file: Annotated[Path, Parameter(help="GGUF file; the first one of a split model.")],
+    /,
     *,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> int:
@@ -69,6 +70,7 @@ def inspect(
 @app.command
 def plan(
     file: Annotated[Path, Parameter(help="GGUF file; the first one of a split model.")],
+    /,
     *,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
     config: WorkerConfig = DEFAULTS,
@@ -115,18 +117,34 @@ def launch(
     config: Annotated[Path | None, Parameter(name="--config", env_var="LLORCH_CONFIG", help="YAML file.")] = None,
 ) -> int:
     """Read the configuration file, then run the command."""
+    sources: list[Env | Yaml] = [Env("LLORCH_", command=False)]
+    if config is not None:
+        sources.append(_yaml(config))
     for command in (serve, haiku, plan, logits):
-        sources: list[Env | Yaml] = [Env("LLORCH_", command=False)]
-        if config is not None:
-            sources.append(Yaml(config, must_exist=True, use_commands_as_keys=False))
         app[command.__name__].config = sources
-    return int(app(tokens) or 0)
+    return int(app(tokens, exit_on_error=False, result_action="return_value") or 0)
+
+
+def _yaml(path: Path) -> Yaml:
+    import yaml
+
+    try:
+        is_mapping = isinstance(yaml.safe_load(path.read_bytes()) or {}, dict)
+    except OSError as error:
+        raise StartFailed(f"config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise StartFailed(f"config {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not is_mapping:
+        raise StartFailed(f"config {path} must hold `name: value` lines")
+    return Yaml(path, must_exist=True, use_commands_as_keys=False)
 
 
 def main() -> None:
     """Console script. Never shows a traceback for something the user can mend."""
     try:
-        status = app.meta(result_action="return_value")
+        status = app.meta(exit_on_error=False, result_action="return_value")
+    except CycloptsError:  # already printed
+        status = 1
     except WorkerError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)
         status = 1

@@ -46,7 +46,8 @@ def test_planned_bytes_are_the_allocated_bytes(model: Path) -> None:
 
 
 def test_constants_are_those_of_the_backend() -> None:
-    assert (plan_module.ATTENTION_SPLIT, plan_module.ROW_TILE) == (torch_ref.SPLIT, torch_ref.ROW_TILE)
+    for name in ("SPLIT", "QUERY_TILE", "ROW_TILE", "PIECE_ELEMS"):
+        assert getattr(plan_module, name) == getattr(torch_ref, name)
 
 
 def test_device_decides_the_place_and_the_context(model: Path) -> None:

@@ -24,8 +24,10 @@ from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.quant.format import format_of
 
-ROW_TILE = 8  # large enough that a prompt is read 8 rows a pass, small enough that one row is not slow
+ROW_TILE = 4  # rows a matrix product takes: a prompt reads the weights once for 4, one row pays little for it
+QUERY_TILE = 8  # rows attention takes
 SPLIT = 256  # positions
+PIECE_ELEMS = 2**20  # elements dequantized at once
 MASKED = float("-inf")
 LOWEST = -1e30  # a running maximum before anything was seen; finite, so that differences are defined
 
@@ -43,9 +45,8 @@ class TorchBackend:
 
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
         """Dequantize to float32 [N, K]. Raises InsufficientVram when the device has no room for it."""
-        blocks = raw.view(-1, type.block_bytes)
         try:
-            matrix = format_of(type).dequantize(blocks).view(shape)
+            matrix = dequantize(raw, type).view(shape)
         except torch.OutOfMemoryError as error:
             raise InsufficientVram(f"{shape[0] * shape[1] * 4} bytes for one matrix on {self.device}") from error
         if shape not in self._row_tiles:
@@ -75,6 +76,16 @@ class TorchBackend:
         return gate / (1.0 + torch.exp(-gate)) * up
 
 
+def dequantize(raw: Tensor, type: GgmlType) -> Tensor:
+    """GGUF bytes u8 [n] → float32, a piece at a time: the temporaries of a whole head would dwarf it."""
+    blocks = raw.view(-1, type.block_bytes)
+    out = torch.empty(len(blocks), type.block_elems, device=raw.device)
+    piece = PIECE_ELEMS // type.block_elems
+    for start in range(0, len(blocks), piece):
+        out[start : start + piece] = format_of(type).dequantize(blocks[start : start + piece])
+    return out
+
+
 def tiled_matmul(x: Tensor, matrix: Tensor, row_tile: int) -> Tensor:
     """x [T, K] · matrix [N, K]ᵀ → [T, N], `row_tile` rows a product. Tiles are copies, so equally aligned."""
     out = x.new_empty(x.shape[0], matrix.shape[0])
@@ -82,7 +93,7 @@ def tiled_matmul(x: Tensor, matrix: Tensor, row_tile: int) -> Tensor:
         rows = x[start : start + row_tile]
         tile = x.new_zeros(row_tile, x.shape[1])
         tile[: len(rows)] = rows
-        out[start : start + len(rows)] = torch.mm(tile, matrix.T)[: len(rows)]
+        out[start : start + len(rows)] = torch.mm(matrix, tile.T).T[: len(rows)]
     return out
 
 
@@ -90,11 +101,10 @@ def _is_row_invariant(matrix: Tensor) -> bool:
     """Whether a row gives the same bits at every place of a tile, among other neighbours."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROW_TILE, matrix.shape[1], generator=generator).to(matrix.device)
-    y = torch.mm(x, matrix.T)
-    alone = x.new_zeros(ROW_TILE, matrix.shape[1])
-    alone[0] = x[-1]
-    shifted = [torch.mm(x.roll(shift, 0), matrix.T).roll(-shift, 0) for shift in (1, 3)]
-    return all(torch.equal(y, other) for other in shifted) and torch.equal(torch.mm(alone, matrix.T)[0], y[-1])
+    y = tiled_matmul(x, matrix, ROW_TILE)
+    shifted = [tiled_matmul(x.roll(shift, 0), matrix, ROW_TILE).roll(-shift, 0) for shift in range(1, ROW_TILE)]
+    alone = tiled_matmul(x[-1:], matrix, ROW_TILE)
+    return all(torch.equal(y, other) for other in shifted) and torch.equal(alone[0], y[-1])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: Rope) -> Tensor:
@@ -113,15 +123,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: Rope) -> Tensor:
 
 
 class BasicAttention:
-    """Attention sequence by sequence, ROW_TILE query rows and SPLIT keys at a time."""
+    """Attention sequence by sequence, QUERY_TILE query rows and SPLIT keys at a time."""
 
     def __call__(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Tensor:
         out = torch.empty_like(q)
         starts, lens = batch.query_starts.tolist(), batch.context_lens.tolist()
         for s, context_len in enumerate(lens):
             k, v = _gather(kv, batch.block_table[s], batch.block_size, context_len)
-            for start in range(starts[s], starts[s + 1], ROW_TILE):
-                rows = slice(start, min(start + ROW_TILE, starts[s + 1]))
+            for start in range(starts[s], starts[s + 1], QUERY_TILE):
+                rows = slice(start, min(start + QUERY_TILE, starts[s + 1]))
                 out[rows] = _attend(q[rows], batch.positions[rows], k, v, spec)
         return out
 
@@ -141,17 +151,17 @@ def _gather(kv: LayerKV, blocks: Tensor, block_size: int, context_len: int) -> t
 
 
 def _attend(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, spec: AttnSpec) -> Tensor:
-    """q [n ≤ ROW_TILE, Hq, D] against k, v [splits, Hk, SPLIT, D] → [n, Hq, D]."""
+    """q [n ≤ QUERY_TILE, Hq, D] against k, v [splits, Hk, SPLIT, D] → [n, Hq, D]."""
     n, heads, dim = q.shape
     group = heads // spec.num_kv_heads
-    tile = q.new_zeros(ROW_TILE, spec.num_kv_heads, group, dim)
+    tile = q.new_zeros(QUERY_TILE, spec.num_kv_heads, group, dim)
     tile[:n] = q.view(n, spec.num_kv_heads, group, dim)
-    tile = tile.permute(1, 0, 2, 3).reshape(spec.num_kv_heads, ROW_TILE * group, dim)
-    row_positions = torch.full((ROW_TILE,), -1, device=q.device)
+    tile = tile.permute(1, 0, 2, 3).reshape(spec.num_kv_heads, QUERY_TILE * group, dim)
+    row_positions = torch.full((QUERY_TILE,), -1, device=q.device)
     row_positions[:n] = positions
     limit = row_positions.repeat_interleave(group)[:, None]  # the last position each row may see
 
-    peak = q.new_full((spec.num_kv_heads, ROW_TILE * group, 1), LOWEST)
+    peak = q.new_full((spec.num_kv_heads, QUERY_TILE * group, 1), LOWEST)
     total = torch.zeros_like(peak)
     acc = torch.zeros_like(tile)
     offsets = torch.arange(SPLIT, device=q.device)
@@ -165,4 +175,4 @@ def _attend(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, spec: AttnSpec) 
         acc = acc * rescale + torch.bmm(weights, v[split])
         peak = new_peak
     acc = acc / total
-    return acc.view(spec.num_kv_heads, ROW_TILE, group, dim).permute(1, 0, 2, 3).reshape(ROW_TILE, heads, dim)[:n]
+    return acc.view(spec.num_kv_heads, QUERY_TILE, group, dim).permute(1, 0, 2, 3).reshape(QUERY_TILE, heads, dim)[:n]

@@ -14,7 +14,7 @@ from worker_orcd.gguf.reader import TensorInfo
 
 F32, F64, I64 = 4, 8, 8  # bytes
 CUDA_CONTEXT_BYTES = 640 * 2**20  # driver context, cuBLAS workspace and loaded kernels, as measured on an H200
-ATTENTION_SPLIT, ROW_TILE = 256, 8  # of backends/torch_ref.py; a test holds them equal
+SPLIT, QUERY_TILE, ROW_TILE, PIECE_ELEMS = 256, 8, 4, 2**20  # of backends/torch_ref.py; a test holds them equal
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def plan_reference(tensors: Mapping[str, TensorInfo], dims: Dims, on_cuda: bool)
         ),
         PlanItem("rope_tables", 2 * F32 * dims.context_length * (dims.rope_dim // 2), "cosines and sines"),
         PlanItem("workspace", _workspace_bytes(dims), f"one step of {dims.prefill_chunk} tokens"),
-        PlanItem("load_scratch", _load_scratch_bytes(tensors, elements), "largest tensor while it is dequantized"),
+        PlanItem("load_scratch", _load_scratch_bytes(tensors), "the largest tensor, stored and in pieces"),
     ]
     if on_cuda:
         items.append(PlanItem("cuda_context", CUDA_CONTEXT_BYTES, "driver, libraries and kernels"))
@@ -91,13 +91,12 @@ def _workspace_bytes(dims: Dims) -> int:
     residual = 3 * rows * dims.hidden  # stream, its norm, the sum
     qkv = 2 * rows * (dims.q_width + 2 * dims.kv_width)  # projections, then their rotated or joined copies
     mlp = rows * 6 * dims.ffn  # gate‖up, its two halves, silu and its steps
-    padded = -(-dims.context_length // ATTENTION_SPLIT) * ATTENTION_SPLIT
-    attention = 4 * padded * dims.kv_width + ROW_TILE * dims.q_width * (ATTENTION_SPLIT + 4)
+    padded = -(-dims.context_length // SPLIT) * SPLIT
+    attention = 4 * padded * dims.kv_width + QUERY_TILE * dims.q_width * (SPLIT + 4)
     logits = (1 + ROW_TILE) * dims.vocab_size  # the tile the head computes, and the row kept of it
     sampling = 4 * dims.vocab_size * F64 // F32  # scores, probabilities, order, running sum
     return F32 * (residual + max(qkv + attention, mlp) + logits + sampling)
 
 
-def _load_scratch_bytes(tensors: Mapping[str, TensorInfo], elements: Mapping[str, int]) -> int:
-    """Raw bytes of one tensor and the intermediate integers of its dequantization."""
-    return max((info.nbytes + 2 * F32 * elements[name] for name, info in tensors.items()), default=0)
+def _load_scratch_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    return max((info.nbytes for info in tensors.values()), default=0) + 3 * F32 * PIECE_ELEMS
