@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, Phi3Config, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers import AutoModelForCausalLM as Auto
+from transformers import LlamaConfig, Phi3Config, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.gguf.writer import write_gguf
@@ -62,7 +62,10 @@ def configs(**sizes: int) -> dict[str, tuple[str, PretrainedConfig]]:
         "llama3-rope": ("llama", LlamaConfig(**common, num_key_value_heads=1, rope_parameters=LLAMA3_ROPE)),
         "llama-tied": ("llama", LlamaConfig(**common, num_key_value_heads=4, tie_word_embeddings=True)),
         "qwen2": ("qwen2", Qwen2Config(**common, num_key_value_heads=2, tie_word_embeddings=True)),
-        "qwen3": ("qwen3", Qwen3Config(**{"head_dim": 40} | common, num_key_value_heads=2, tie_word_embeddings=False)),
+        "qwen3": (
+            "qwen3",
+            Qwen3Config(**{"head_dim": 40, **common}, num_key_value_heads=2, tie_word_embeddings=False),
+        ),
         "phi3": ("phi3", Phi3Config(**common, num_key_value_heads=4, tie_word_embeddings=False)),
     }
 

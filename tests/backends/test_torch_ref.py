@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -137,7 +139,7 @@ def attend(backend: TorchBackend, work: list[tuple[Context, int]], block_size: i
         block_size,
     )
     out = backend.attention(torch.cat([c.q[c.length - n :] for c, n in work]), kv, batch, spec)
-    return [out[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [out[a:b] for a, b in itertools.pairwise(starts)]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 24), (4, 2, 64), (7, 1, 40)])

@@ -1,8 +1,8 @@
 """Against logits stored once from llama.cpp (tests/data/llama_cpp): we differ by its 8-bit activations and no more.
 
 llama.cpp rounds the inputs of a quantized matmul to 8 bits: in blocks of 32 with an fp16 scale (Q8_0) beside the
-32-block formats, of 256 with a float scale (Q8_K) beside the K formats. We keep them in float32. So our logits must be
-near its logits, and very near once our inputs are rounded the same way.
+32-block formats, of 256 with a float scale (Q8_K) beside the K formats. We keep them in float32. So our logits must
+be near its logits, and very near once our inputs are rounded the same way.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from worker_orcd.models.weights import load_weights
 
 DATA = Path(__file__).parents[1] / "data" / "llama_cpp"
 FILES = {"haiku": embedded_model(), "llama": DATA / "llama.gguf", "phi3": DATA / "phi3.gguf"}
+REST = {"haiku": 1e-5, "llama": 1e-5, "phi3": 0.012}  # relative distance left once activations are rounded alike
 
 
 class EightBitActivations(TorchBackend):
@@ -66,7 +67,6 @@ def test_only_the_rounding_of_activations_differs(case: str) -> None:
     def distance(ours: np.ndarray) -> float:
         return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
-    print(case, distance(exact), distance(rounded))
     assert distance(exact) < 0.06
-    assert distance(rounded) < distance(exact) / 3
+    assert distance(rounded) < REST[case] < distance(exact) / 2
     assert (exact.argmax(1) == theirs.argmax(1)).mean() >= 0.8

@@ -22,7 +22,8 @@ def test_any_text_survives_in_any_pieces(text: str, cuts: list[int]) -> None:
     for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(raw)], strict=True):
         events += parser.feed(raw[begin:end])
     parser.close()
-    assert events == [SseEvent("token", {"t": text, "i": 3, "id": 70}), SseEvent("token", {"t": "b", "i": 4, "id": 71})]
+    expected = [{"t": text, "i": 3, "id": 70}, {"t": "b", "i": 4, "id": 71}]
+    assert events == [SseEvent("token", data) for data in expected]
     assert parser.comments == ["keep-alive"]
 
 
