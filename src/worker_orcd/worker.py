@@ -23,8 +23,8 @@ from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
 
 
-class _Stopped(Exception):
-    """A signal arrived before there was anything to drain."""
+class _Stopped(KeyboardInterrupt):
+    """A signal arrived before there was anything to drain. No code on the way may swallow it as an error."""
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -46,14 +46,14 @@ def run_worker(config: WorkerConfig) -> int:
             blueprint = draw_up(config)
             texts = load_texts(config, blueprint)
             engine = _load_engine(config, blueprint, texts, narrator)
+            app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator)
+            return serve(app, listener, engine, narrator)
     except _Stopped:
         narrator.narrate("shutdown", "stopped while loading", action="stop", reason="signal", exit_code=0)
         return 0
     except WorkerError as error:
         narrator.narrate("error", error.message[:100], level="fatal", action="start", code=error.code)
         raise
-    app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator)
-    return serve(app, listener, engine, narrator)
 
 
 def _load_engine(
@@ -125,7 +125,7 @@ def _gpu(config: WorkerConfig) -> int | None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into _Stopped while there is no event loop to handle them."""
+    """Turn SIGTERM and SIGINT into _Stopped until the event loop takes over their handling."""
 
     def stop(*_: object) -> None:
         raise _Stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from worker_orcd.gguf.types import GgmlType
 SHAPES = [(256, 256), (33, 37), (5, 3), (1, 64), (640, 96), (896, 4864), (97, 1)]
 
 
-@pytest.fixture
-def backend() -> TorchBackend:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Iterator[TorchBackend]:
+    """Tensors of a test are made on the backend's device."""
     torch.manual_seed(0)
-    return TorchBackend(torch.device("cpu"))
+    torch.set_default_device(request.param)
+    yield TorchBackend(torch.device(request.param))
+    torch.set_default_device(None)
 
 
 def packed(backend: TorchBackend, shape: tuple[int, int]) -> PackedWeight:

@@ -76,8 +76,7 @@ def serve(app: Starlette, listener: socket.socket, engine: InferenceEngine, narr
     try:
         _listen(listener)
         vram_bytes = engine.status().vram_bytes_used
-        narrator.narrate("ready", "ready", action="listen", vram_bytes=vram_bytes, port=listener.getsockname()[1])
-        main = _main(_Server(config), app.state.control, listener, narrator)
+        main = _main(_Server(config), app.state.control, listener, narrator, vram_bytes)
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(main)
     finally:
@@ -95,8 +94,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _main(server: _Server, control: Control, listener: socket.socket, narrator: Narrator) -> None:
+async def _main(
+    server: _Server, control: Control, listener: socket.socket, narrator: Narrator, vram_bytes: int
+) -> None:
     with _signals(control.stop):
+        narrator.narrate("ready", "ready", action="listen", vram_bytes=vram_bytes, port=listener.getsockname()[1])
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopping = asyncio.create_task(control.stopping.wait())
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,232 @@
+"""The whole worker as a child process: start, serve, and every way to end it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROMPT = "Write a haiku about GPU computing"
+FIVE = ["0", "25", "50", "75", "100"]
+
+
+class Worker:
+    """`worker-orcd serve` on the embedded model; its log lines as they come."""
+
+    def __init__(self, *flags: str, port: int | None = None) -> None:
+        self.port = port or self._free_port()
+        command = [sys.executable, "-m", "worker_orcd", "serve", "--device", "cpu", "--port", str(self.port), *flags]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    @staticmethod
+    def _free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        events = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
+        return [event for event in events if name in (None, event["event"])]
+
+    def wait_for(self, name: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if found := self.events(name):
+                return found[0]
+            assert self.process.poll() is None, self.lines
+            time.sleep(0.02)
+        raise AssertionError(f"no {name} in {self.lines}")
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    def execute(self, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
+        body = {"job_id": os.urandom(8).hex(), "prompt": PROMPT, "seed": 42} | fields
+        status, raw = self.request("POST", "/execute", body)
+        assert status == 200, raw
+        blocks = [b for b in raw.decode().split("\n\n") if b and not b.startswith(":")]
+        return [(b.split("\n")[0][7:], json.loads(b.split("\n")[1][6:])) for b in blocks]
+
+    def end(self, timeout: float = 20) -> int:
+        status = self.process.wait(timeout)
+        self.reader.join(5)
+        return status
+
+
+@contextlib.contextmanager
+def worker(*flags: str, port: int | None = None) -> Iterator[Worker]:
+    running = Worker(*flags, port=port)
+    try:
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Worker]:
+    with worker() as running:
+        running.wait_for("ready")
+        yield running
+
+
+def ids(events: list[tuple[str, dict[str, Any]]]) -> list[int]:
+    return [data["id"] for name, data in events if name == "token"]
+
+
+def test_a_life_is_narrated_in_order(served: Worker) -> None:
+    served.execute(max_tokens=2)
+    served.wait_for("execute_end")
+    names = [event["event"] for event in served.events()]
+    assert names[:9] == ["startup", "model_load_start", *["model_load_progress"] * 5, "model_load_complete", "ready"]
+    assert [str(event["percent"]) for event in served.events("model_load_progress")] == FIVE
+    assert {"execute_start", "execute_end"} <= set(names[9:])
+    assert served.events("ready")[0]["port"] == served.port
+
+
+def test_events_tokens_and_text(served: Worker) -> None:
+    events = served.execute(temperature=0, max_tokens=60)
+    assert [name for name, _ in events] == ["started", *["token"] * (len(events) - 2), "end"]
+    assert [data["i"] for name, data in events if name == "token"] == list(range(len(events) - 2))
+    end = events[-1][1]
+    assert end["tokens_out"] == len(events) - 2
+    assert end["stop_reason"] == "eos"
+    assert end["seed"] == events[0][1]["seed"] == 42
+    text = "".join(data.get("t", "") for _, data in events)
+    assert len(text.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_same_request_gives_the_same_ids_in_two_processes(served: Worker, temperature: float) -> None:
+    fields = {"temperature": temperature, "max_tokens": 50}
+    first = ids(served.execute(**fields))
+    assert ids(served.execute(**fields)) == first
+    with worker() as other:
+        other.wait_for("ready")
+        assert ids(other.execute(**fields)) == first
+
+
+def test_stop_string_limits_and_template(served: Worker) -> None:
+    whole = "".join(data.get("t", "") for _, data in served.execute(temperature=0))
+    stop = whole.strip().split("\n")[1][3:8]
+    events = served.execute(temperature=0, stop=["never said", stop])
+    assert events[-1][1]["stop_reason"] == "stop_sequence"
+    assert events[-1][1]["stop_sequence_matched"] == stop
+    assert "".join(data.get("t", "") for _, data in events) == whole[: whole.index(stop)]
+    assert served.execute(max_tokens=3)[-1][1] | {"decode_time_ms": 0} == {
+        "tokens_out": 3, "decode_time_ms": 0, "stop_reason": "max_tokens", "seed": 42,
+    }  # fmt: skip
+    assert served.execute(temperature=0, apply_chat_template=True)[0][1]["prompt_tokens"] > len(PROMPT.split())
+
+
+def test_every_bad_field_is_named(served: Worker) -> None:
+    body = {"job_id": "", "prompt": 3, "temperature": 9, "top_k": -1, "seed": 1.5, "n": 2}
+    status, raw = served.request("POST", "/execute", body)
+    assert status == 400
+    error = json.loads(raw)["error"]
+    assert error["code"] == "INVALID_REQUEST"
+    assert {e["field"] for e in error["details"]["errors"]} == set(body)
+
+
+def test_a_prompt_too_long_is_refused_with_counts(served: Worker) -> None:
+    status, raw = served.request("POST", "/execute", {"job_id": "long", "prompt": "x?" * 3000})
+    assert status == 400
+    message = json.loads(raw)["error"]["details"]["errors"][0]["message"]
+    assert "2047" in message
+    assert any(int(word) > 2047 for word in message.split() if word.isdigit())
+
+
+def test_health(served: Worker) -> None:
+    status, raw = served.request("GET", "/health")
+    health = json.loads(raw)
+    assert status == 200
+    assert health["status"] == "healthy"
+    assert (health["quant_kind"], health["tokenizer_kind"]) == ("Q4_K_M", "gguf-bpe")
+    assert (health["device"], health["vram_bytes_used"], health["resident"]) == ("cpu", 0, False)
+    assert health["context_length"] == 2048
+
+
+def test_a_client_that_leaves_makes_room_for_the_next(served: Worker) -> None:
+    body = json.dumps({"job_id": "leaver", "prompt": "Tell a story.", "temperature": 2, "max_tokens": 2000}).encode()
+    with socket.create_connection(("127.0.0.1", served.port)) as peer:
+        peer.sendall(b"POST /execute HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert b"200 OK" in peer.recv(1000)
+    assert served.execute(max_tokens=1)[-1][0] == "end"
+
+
+def test_no_text_in_the_log(served: Worker) -> None:
+    served.execute(prompt="Write a haiku about xylophones", max_tokens=8)
+    served.request("POST", "/execute", {"job_id": "bad", "prompt": "xylophones", "temperature": "xylophones"})
+    assert "xylophone" not in "".join(served.lines)
+
+
+def test_shutdown_over_http_ends_with_status_0() -> None:
+    with worker() as running:
+        running.wait_for("ready")
+        assert running.request("POST", "/shutdown")[0] == 202
+        assert running.end() == 0
+        assert running.events("shutdown")[-1]["exit_code"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["startup", "model_load_start", "ready"])
+def test_signals_end_it_cleanly_at_any_moment(number: signal.Signals, moment: str) -> None:
+    with worker() as running:
+        running.wait_for(moment)
+        running.process.send_signal(number)
+        assert running.end() == 0
+        assert "Traceback" not in "".join(running.lines)
+
+
+def test_sigterm_lets_a_running_answer_finish() -> None:
+    with worker() as running:
+        running.wait_for("ready")
+        answers: list[list[tuple[str, dict[str, Any]]]] = []
+        asking = threading.Thread(target=lambda: answers.append(running.execute(temperature=0)))
+        asking.start()
+        running.wait_for("execute_start")
+        running.process.terminate()
+        asking.join(20)
+        assert running.end() == 0
+        assert answers[0][-1][1]["stop_reason"] == "eos"
+
+
+def test_a_port_in_use_is_one_clear_line(served: Worker) -> None:
+    with worker(port=served.port) as second:
+        assert second.end() == 1
+        assert f"port {served.port}" in second.lines[-1]
+        assert second.lines[-1].startswith("WORKER_START_FAILED: ")
+        assert "Traceback" not in "".join(second.lines)
+
+
+def test_a_bad_model_is_one_clear_line_and_a_fatal_event(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + b"\0" * 60)
+    with worker("--model", str(bad)) as running:
+        assert running.end() == 1
+        assert running.lines[-1].startswith("MODEL_LOAD_FAILED: ")
+        assert running.events("error")[0]["code"] == "MODEL_LOAD_FAILED"
