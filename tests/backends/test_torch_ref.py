@@ -59,6 +59,7 @@ def test_elementwise_and_norm_rows_are_bitwise_independent(backend: TorchBackend
     gate, up, weight = torch.randn(width) * 5, torch.randn(width), torch.randn(width)
     activated = backend.activate(gate[None], up[None], "silu")[0]
     normed = backend.norm(gate[None], weight, 1e-5)[0]
+    head = backend.norm(torch.stack([up, gate, up])[None], weight, 1e-5)[0, 1]
     for rows in (2, 5, 8, 33, 300):
         for place in (0, rows - 1):
             joint = torch.randn(rows, 2 * width)
@@ -66,6 +67,9 @@ def test_elementwise_and_norm_rows_are_bitwise_independent(backend: TorchBackend
             g, u = joint.split(width, 1)  # views with a stride, as the model makes them
             assert torch.equal(backend.activate(g, u, "silu")[place], activated)
             assert torch.equal(backend.norm(g, weight, 1e-5)[place], normed)
+            heads = torch.randn(rows, 3, width)
+            heads[place, 1] = gate
+            assert torch.equal(backend.norm(heads, weight, 1e-5)[place, 1], head)
 
 
 def test_silu_and_norm_against_float64(backend: TorchBackend) -> None:

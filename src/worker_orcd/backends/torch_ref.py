@@ -8,12 +8,14 @@ How a row stays independent of its neighbours, bit for bit:
   - attention cuts the context at multiples of SPLIT positions and combines the pieces in order with a running
     maximum and sum (arXiv:2205.14135), so every product has one shape at every context length, and a piece
     that is wholly masked for a row multiplies by one and adds zero;
-  - reductions run over the last, contiguous dimension, whose length does not depend on the batch;
+  - norms are reduced in the same tiles: on a GPU the number of rows decides how a sum is cut;
   - silu is written with exp, since torch's own uses a different formula for the elements left over by the
     vector width, which depend on the number of rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -61,7 +63,8 @@ class TorchBackend:
         return y if bias is None else y + bias
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+        mean = by_tiles(x, ROW_TILE, lambda tile: tile.square().mean(-1, keepdim=True))
+        return x * (mean + eps).rsqrt() * weight
 
     def rope_and_store(self, qkv: tuple[Tensor, Tensor, Tensor], kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
         q, k, v = qkv
@@ -86,15 +89,20 @@ def dequantize(raw: Tensor, type: GgmlType) -> Tensor:
     return out
 
 
-def tiled_matmul(x: Tensor, matrix: Tensor, row_tile: int) -> Tensor:
-    """x [T, K] · matrix [N, K]ᵀ → [T, N], `row_tile` rows a product. Tiles are copies, so equally aligned."""
-    out = x.new_empty(x.shape[0], matrix.shape[0])
-    for start in range(0, x.shape[0], row_tile):
-        rows = x[start : start + row_tile]
-        tile = x.new_zeros(row_tile, x.shape[1])
-        tile[: len(rows)] = rows
-        out[start : start + len(rows)] = torch.mm(matrix, tile.T).T[: len(rows)]
-    return out
+def by_tiles(x: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` of x [T, ...], always asked for exactly `rows` rows. Tiles are copies, so equally aligned."""
+    pieces = []
+    for start in range(0, max(1, x.shape[0]), rows):
+        piece = x[start : start + rows]
+        tile = x.new_zeros(rows, *x.shape[1:])
+        tile[: len(piece)] = piece
+        pieces.append(function(tile)[: len(piece)])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def tiled_matmul(x: Tensor, matrix: Tensor, rows: int) -> Tensor:
+    """x [T, K] · matrix [N, K]ᵀ → [T, N]. Weights come first: as second operand BLAS would repack them."""
+    return by_tiles(x, rows, lambda tile: torch.mm(matrix, tile.T).T)
 
 
 def _is_row_invariant(matrix: Tensor) -> bool:
