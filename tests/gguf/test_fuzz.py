@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gguf_bytes as make
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -90,7 +91,7 @@ def test_random_splices(tmp_path: Path) -> None:
             mutant[start : start + rng.choice([0, length])] = mutant[source : source + length]
         return bytes(mutant)
 
-    num_opened, num_tried = opened_of(tmp_path, (splice() for _ in range(5_000)))
+    num_opened, num_tried = opened_of(tmp_path, (splice() for _ in range(25_000)))
     assert num_opened < num_tried
 
 
@@ -113,3 +114,21 @@ def test_string_arrays_round_trip(tmp_path: Path, items: list[bytes]) -> None:
     found = model.require("s", "strings")
     assert [found.raw(i) for i in range(len(found))] == items
     assert found.decode_all() == [item.decode("utf-8", "replace") for item in items]
+
+
+@pytest.mark.parametrize("odd", [0.0, 0.001, 0.3])
+def test_long_string_arrays_of_every_kind(tmp_path: Path, odd: float) -> None:
+    """Long enough for the search in windows; `odd` of the strings are empty, long or full of NUL bytes."""
+    rng = random.Random(7)
+
+    def item() -> bytes:
+        if rng.random() < odd:
+            nuls = b"\0" * rng.randint(1, 40)
+            return rng.choice([b"", b"x" * 256, b"y" * 70_000, nuls, b"\5" + b"\0" * 7 + b"abcde"])
+        return bytes(rng.randrange(1, 256) for _ in range(rng.choice([1, 2, 3, 7, 8, 9, 31, 255])))
+
+    items = [item() for _ in range(6_000)]
+    model = make.opened(tmp_path, make.container([make.strings("s", items), make.strings("t", items[:40])]))
+    for key, expected in (("s", items), ("t", items[:40])):
+        found = model.require(key, "strings")
+        assert [found.raw(i) for i in range(len(found))] == expected

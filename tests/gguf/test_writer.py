@@ -79,13 +79,9 @@ def test_a_file_of_the_reference_writer(tmp_path: Path) -> None:
     agree(path)
 
 
-VOCABULARIES = sorted(Path(os.environ.get("WORKER_ORCD_TEST_DATA", os.devnull)).glob("**/*.gguf"))
-
-
-@pytest.mark.skipif(not VOCABULARIES, reason="WORKER_ORCD_TEST_DATA names no folder with GGUF files")
-@pytest.mark.parametrize("path", VOCABULARIES, ids=lambda path: path.name)
-def test_real_files(path: Path) -> None:
-    agree(path)
+@pytest.mark.parametrize("name", ["phi-3", "gpt-2"])
+def test_published_vocabularies(tokenizer_data: Path, name: str) -> None:
+    agree(tokenizer_data / f"ggml-vocab-{name}.gguf")
 
 
 def agree(path: Path) -> None:

@@ -25,8 +25,8 @@ MAX_KEY = 2**16
 MAX_TEMPLATE = 2**18
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1  # key length, key, type, value
 
-_STRETCH = 1024  # strings walked between checks
-_FEW = 32  # strings walked one by one at once: a check of a whole stretch has its own cost
+_WINDOW = 2**16  # bytes searched for strings at once
+_FEW = 32  # strings walked one by one before the next search: a search has its own cost
 
 _SCALARS: Mapping[ValueType, struct.Struct] = {
     ValueType.UINT8: struct.Struct("<B"),
@@ -165,35 +165,40 @@ def _as_bools(cursor: Cursor, numbers: NDArray[np.uint8], first: int, field: str
 
 
 def _walk_strings(cursor: Cursor, count: int, field: str) -> StringArray:
-    """Find where `count` strings start, stretch by stretch: the hot loop of opening a file."""
+    """Find where `count` strings start: the hot loop of opening a file.
+
+    Runs of short strings without NUL bytes, which is what vocabularies are, are found by numpy at once. Whatever else
+    is met is walked one by one, for ever longer stretches while it lasts, so that odd files cost no more than slow ones.
+    """
     starts = array("q", [cursor.pos])
-    for done in range(0, count, _STRETCH):
-        num_strings = min(_STRETCH, count - done)
-        ends = _short_string_ends(cursor.data, cursor.pos, num_strings) if num_strings > _FEW else None
-        if ends is None:
-            ends = _string_ends(cursor, num_strings, field)
+    stretch = _FEW
+    while (left := count + 1 - len(starts)) > 0:
+        ends = _short_string_ends(cursor.data, cursor.pos, left) if left > _FEW else array("q")
+        stretch = _FEW if ends else stretch * 2
+        if not ends:
+            ends = _string_ends(cursor, min(stretch, left), field)
         cursor.pos = ends[-1]
         starts.extend(ends)
     return StringArray(cursor.data, starts)
 
 
-def _short_string_ends(data: bytes, pos: int, count: int) -> array[int] | None:
-    """Where strings of less than 256 bytes end, by the low byte of their lengths; None when any is longer."""
-    first = pos
-    ends = array("q")
-    append = ends.append
-    try:
-        for _ in range(count):
-            pos += 8 + data[pos]
-            append(pos)
-    except IndexError:
-        return None
-    if pos > len(data):
-        return None
-    starts = np.frombuffer(array("q", [first]) + ends[:-1], np.int64)
-    numbers = np.frombuffer(data, np.uint8)
-    is_long = any(numbers[starts + i].any() for i in range(1, 8))
-    return None if is_long else ends
+def _short_string_ends(data: bytes, pos: int, count: int) -> array[int]:
+    """Where strings from `pos` on end, as many as are seen in one window; none when the first looks unusual.
+
+    The length of a string of 1 to 255 bytes is one byte and seven zeros, so a byte followed by seven zeros is one,
+    provided that the string before it ends there.
+    """
+    window = np.frombuffer(data, np.uint8, min(_WINDOW, len(data) - pos), pos)
+    filled = np.flatnonzero(window)
+    lengths = filled[:-1][np.diff(filled) >= 8]  # positions of bytes that look like a length
+    ends = lengths + 8 + window[lengths]
+    if not len(lengths) or lengths[0] != 0:
+        return array("q")
+    broken = np.flatnonzero(ends[:-1] != lengths[1:])
+    num_linked = int(broken[0]) + 1 if len(broken) else len(ends)
+    ends = ends[: min(num_linked, count)]
+    ends = ends[ends <= len(window)] + pos
+    return array("q", ends.tobytes())
 
 
 def _string_ends(cursor: Cursor, count: int, field: str) -> array[int]:
