@@ -119,6 +119,18 @@ def select_device(config: WorkerConfig) -> torch.device:
     return torch.device("cuda", config.gpu_device)
 
 
+def _free_bytes(device: torch.device) -> int:
+    """What the driver, or for the CPU the kernel, says can still be taken."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise StartFailed("/proc/meminfo does not say how much memory is available")
+
+
 def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProgress) -> Runtime:
     """Weights onto the device, cache reserved. Raises InsufficientVram before loading when the plan does not fit."""
     import torch
@@ -134,8 +146,7 @@ def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProg
     if device.type == "cpu":  # leave a core to HTTP: threads that share theirs wait whole time slices for each other
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     gguf, spec, context = blueprint.gguf, blueprint.spec, blueprint.context_length
-    if device.type == "cuda":
-        blueprint.plan.require(torch.cuda.mem_get_info(device)[0], str(device), str(gguf.path))
+    blueprint.plan.require(_free_bytes(device), str(device), str(gguf.path))
     backend = TorchBackend(device)
     weights = load_weights(gguf, tensor_table(spec, gguf.tensors), backend, config.load_chunk_bytes, on_progress)
     adapter = LlamaInferenceAdapter(spec, weights, backend, context)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def run_worker(config: WorkerConfig) -> int:
             app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator)
             return serve(app, listener, engine, narrator)
     except _Stopped:
-        narrator.narrate("shutdown", "stopped while loading", action="stop", reason="signal", exit_code=0)
+        narrator.narrate("shutdown", "stopped before serving", action="stop", reason="signal", exit_code=0)
         return 0
     except WorkerError as error:
         narrator.narrate("error", error.message[:100], level="fatal", action="start", code=error.code)
@@ -90,8 +91,8 @@ def _load_engine(
 
 def write_logits(config: WorkerConfig, ids_text: str, out: Path) -> None:
     """Write float32 [tokens, vocab] for the ids in `ids_text` ("1,2,3") as .npy. Raises InvalidRequest."""
-    blueprint = draw_up(config)
-    ids = _parse_ids(ids_text, blueprint)
+    ids = _parse_ids(ids_text, draw_up(config))
+    blueprint = draw_up(replace(config, context_length=max(2, len(ids))))  # no cache beyond what is asked
     runtime = load_runtime(config, blueprint, lambda *_: None)
     values = score(runtime, ids, assemble.PREFILL_CHUNK).numpy()
     try:

@@ -168,7 +168,7 @@ def _walk_strings(cursor: Cursor, count: int, field: str) -> StringArray:
     """Find where `count` strings start: the hot loop of opening a file.
 
     Runs of short strings without NUL bytes, which is what vocabularies are, are found by numpy at once. Whatever else
-    is met is walked one by one, for ever longer stretches while it lasts, so that odd files cost no more than slow ones.
+    is met is walked one by one, for ever longer stretches while it lasts, so that odd files are not searched in vain.
     """
     starts = array("q", [cursor.pos])
     stretch = _FEW

@@ -2,7 +2,8 @@
 
 The merging is done by the `tokenizers` library, which needs some tenths of a second to take over 150,000 tokens and
 merges. Until it has been asked to (`prepare`, or the first text that is much work), texts are merged here, so that
-a command line that tokenizes a page does not wait for it. Both ways give the same ids.
+a command line that tokenizes a page does not wait for it. Both ways give the same ids, and both pass over merges
+that make no token.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ class BpeTokenizer(VocabularyTokenizer):
 
     def _encode_part(self, text: str) -> list[int]:
         if "_library" not in self.__dict__ and len(text) <= _LITTLE_WORK:
-            words = [word for word, _ in self._splitter.pre_tokenize_str(text)]
+            words = self._words(text)
             if sum(len(word) ** 2 for word in words) <= _LITTLE_WORK:
                 return self._merge(words)
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _words(self, text: str) -> list[str]:
+        return [word for word, _ in self._splitter.pre_tokenize_str(text)]
 
     def _merge(self, words: list[str]) -> list[int]:
         known = self.vocabulary.ids
@@ -71,7 +75,11 @@ class BpeTokenizer(VocabularyTokenizer):
             if lowest == _NEVER:
                 break
             at = ranks.index(lowest)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            joined = parts[at] + parts[at + 1]
+            if joined in self.vocabulary.ids:
+                parts[at : at + 2] = [joined]
+            else:
+                del self._ranks[f"{parts[at]} {parts[at + 1]}"]
         return parts
 
     @cached_property
@@ -80,11 +88,12 @@ class BpeTokenizer(VocabularyTokenizer):
 
     @cached_property
     def _library(self) -> HfTokenizer:
-        merges = _pairs(self._merges)
+        known, merges = self.vocabulary.ids, _pairs(self._merges)
         try:
-            model = models.BPE(self.vocabulary.ids, merges, ignore_merges=self._rule.whole_words)
-        except Exception as error:  # the library raises bare Exception
-            raise ModelLoadFailed(f"tokenizer.ggml.merges do not fit the tokens: {str(error)[:200]}") from error
+            model = models.BPE(known, merges, ignore_merges=self._rule.whole_words)
+        except Exception:  # a merge of or into something that is no token; the library raises bare Exception
+            fitting = [pair for pair in merges if pair[0] in known and pair[1] in known and "".join(pair) in known]
+            model = models.BPE(known, fitting, ignore_merges=self._rule.whole_words)
         tokenizer = HfTokenizer(model)
         tokenizer.pre_tokenizer = self._splitter
         return tokenizer
