@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import threading
+import time
 from datetime import datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker_orcd.narration import EVENTS, LEVELS, Capture, Level, Narrator, clean
+from worker_orcd.narration import EVENTS, LEVELS, BackgroundSink, Capture, Level, Narrator, clean
 
 
 def make(level: Level = "info") -> tuple[Narrator, Capture]:
@@ -137,3 +140,35 @@ def test_a_broken_sink_costs_lines_only() -> None:
         pipe.close()
     narrator.narrate("ready", "x")
     assert narrator.num_dropped == 3
+
+
+def test_a_pipe_that_nobody_reads_costs_lines_and_no_time() -> None:
+    read_fd, write_fd = os.pipe()
+    sink = BackgroundSink(write_fd, max_lines=100)
+    narrator = Narrator("w", "m", None, sink=sink)
+    began = time.monotonic()
+    for i in range(1000):
+        narrator.narrate("error", "x" * 90, code=str(i))
+    assert time.monotonic() - began < 10
+    assert 0 < narrator.num_dropped < 1000
+    lines = b""
+    reader = threading.Thread(target=sink.close, args=(10,))
+    reader.start()
+    while reader.is_alive() or select.select([read_fd], [], [], 0)[0]:
+        if select.select([read_fd], [], [], 0.05)[0]:
+            lines += os.read(read_fd, 65536)
+    os.close(write_fd)
+    os.close(read_fd)
+    codes = [int(json.loads(line)["code"]) for line in lines.splitlines()]
+    assert codes == sorted(codes)
+    assert len(codes) == 1000 - narrator.num_dropped
+
+
+def test_a_pipe_whose_reader_left_costs_nothing() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    sink = BackgroundSink(write_fd)
+    Narrator("w", "m", None, sink=sink).narrate("error", "x")
+    sink.close(5)
+    assert not sink._thread.is_alive()
+    os.close(write_fd)

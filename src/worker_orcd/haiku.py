@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from worker_orcd.assemble import embedded_model
 from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import StartFailed
+from worker_orcd.gguf.reader import GgufFile
 
 SEED = 42
 MAX_TOKENS = 64
@@ -30,22 +33,16 @@ class Answer:
 
 def run_haiku(config: WorkerConfig, prompt: str, as_json: bool) -> int:
     """Exit status: 0 when both answers are the same and the worker stopped cleanly."""
-    config = replace(config, port=_free_port(), log_level="error")
+    config = replace(config, model=config.model or embedded_model(), port=_free_port(), log_level="error")
     if config.device == "cpu":
         print("Running the float32 reference backend on the CPU, because --device cpu asks for it.")
-    print(f"Starting a worker on {config.model or 'the embedded haiku model'} …", flush=True)
-    worker = _spawn(config)
-    try:
-        _wait_until_ready(config, worker)
+    print(f"Starting a worker on {config.model} …", flush=True)
+    with _worker(config) as worker:
         print(f"> {prompt}\n")
         first = ask(config, prompt, "haiku-1", show=True)
         second = ask(config, prompt, "haiku-2", show=False)
         _post(config, "/shutdown", {}).close()
         stopped = worker.wait(timeout=config.shutdown_timeout_sec + 10)
-    finally:
-        if worker.poll() is None:
-            worker.kill()
-            worker.wait()
     identical = first.token_ids == second.token_ids
     print(f"\nAsked twice with seed {SEED}: the token ids are {'identical' if identical else 'DIFFERENT'}.")
     print(
@@ -53,24 +50,25 @@ def run_haiku(config: WorkerConfig, prompt: str, as_json: bool) -> int:
         f"first token after {second.first_token_ms:.0f} ms; worker stopped with status {stopped}."
     )
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "text": first.text,
-                    "token_ids": first.token_ids,
-                    "repeat_identical": identical,
-                    "tokens_per_second": round(second.tokens_per_second, 1),
-                    "first_token_ms": round(second.first_token_ms, 2),
-                }
-            )
-        )
+        print(_json_line(first, second, identical))
     return 0 if identical and stopped == 0 else 1
+
+
+def _json_line(first: Answer, second: Answer, identical: bool) -> str:
+    report = {
+        "text": first.text,
+        "token_ids": first.token_ids,
+        "repeat_identical": identical,
+        "tokens_per_second": round(second.tokens_per_second, 1),
+        "first_token_ms": round(second.first_token_ms, 2),
+    }
+    return json.dumps(report)
 
 
 def ask(config: WorkerConfig, prompt: str, job_id: str, show: bool) -> Answer:
     """One POST /execute, its stream read to the end. Raises StartFailed when the worker reports an error."""
     body = {"job_id": job_id, "prompt": prompt, "temperature": 0.0, "seed": SEED, "max_tokens": MAX_TOKENS}
-    body["apply_chat_template"] = True
+    body["apply_chat_template"] = _has_chat_template(config)
     began = time.perf_counter()
     first = last = began
     text, ids = "", list[int]()
@@ -118,13 +116,27 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _spawn(config: WorkerConfig) -> subprocess.Popen[bytes]:
-    """The worker as a child process with exactly this configuration."""
-    flags = {field.name: value for field in fields(config) if (value := asdict(config)[field.name]) is not None}
+def _has_chat_template(config: WorkerConfig) -> bool:
+    assert config.model is not None
+    with GgufFile.open(config.model) as gguf:
+        return "tokenizer.chat_template" in gguf.metadata
+
+
+@contextmanager
+def _worker(config: WorkerConfig) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker process with exactly this configuration, ready; killed on the way out if it still runs."""
     command = [sys.executable, "-m", "worker_orcd", "serve"]
-    for name, value in flags.items():
-        command += [f"--{name.replace('_', '-')}", str(value.resolve() if isinstance(value, Path) else value)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for name, value in asdict(config).items():
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value.resolve() if isinstance(value, Path) else value)]
+    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        _wait_until_ready(config, worker)
+        yield worker
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
 
 
 def _wait_until_ready(config: WorkerConfig, worker: subprocess.Popen[bytes]) -> None:

@@ -8,8 +8,12 @@ redacted, and characters that could forge or hide a line are removed.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
 import re
 import sys
+import threading
 import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -118,6 +122,41 @@ class Narrator:
             self._sink.flush()
         except (OSError, ValueError):  # a closed pipe or file; there is nobody left to tell
             self.num_dropped += 1
+
+
+class BackgroundSink:
+    """Writes to a file descriptor from a thread of its own: a reader that stops reading costs lines, not service.
+
+    At most `max_lines` wait; writing more raises BlockingIOError, an OSError as of any broken sink.
+    """
+
+    def __init__(self, fd: int, max_lines: int = 10_000) -> None:
+        self._fd = fd
+        self._lines: queue.Queue[str | None] = queue.Queue(max_lines)
+        self._thread = threading.Thread(target=self._drain, name="narration", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        try:
+            self._lines.put_nowait(text)
+        except queue.Full:
+            raise BlockingIOError("nobody reads the log") from None
+
+    def flush(self) -> None:
+        pass
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Write what waits, giving up when nothing moves for `timeout_s`; the sink is of no use afterwards."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=timeout_s)
+            self._thread.join(timeout_s)
+
+    def _drain(self) -> None:
+        while (text := self._lines.get()) is not None:
+            data = text.encode()
+            with contextlib.suppress(OSError):  # the reader is gone: keep emptying the queue
+                while data:
+                    data = data[os.write(self._fd, data) :]
 
 
 class Capture:

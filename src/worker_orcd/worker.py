@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.engine import SerialEngine
 from worker_orcd.engine.score import score
 from worker_orcd.errors import FieldError, InvalidRequest, WorkerError
-from worker_orcd.narration import Narrator
+from worker_orcd.narration import BackgroundSink, Narrator
 from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
 
@@ -31,7 +31,13 @@ class _Stopped(KeyboardInterrupt):
 def run_worker(config: WorkerConfig) -> int:
     """Serve until told to stop; returns the exit status. Raises WorkerError when the worker cannot start."""
     model = str(config.model or assemble.embedded_model())
-    narrator = Narrator(config.worker_id, model, _gpu(config), level=config.log_level)
+    # stderr is None when it was closed; its number may then belong to something else
+    stderr = sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY)
+    with closing(BackgroundSink(stderr)) as sink:
+        return _live(config, Narrator(config.worker_id, model, _gpu(config), sink, config.log_level))
+
+
+def _live(config: WorkerConfig, narrator: Narrator) -> int:
     narrator.narrate(
         "startup",
         "starting",
