@@ -14,6 +14,8 @@ import pytest
 from tests import tiny
 from tests.running import all_logits
 from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.gguf.writer import write_gguf
 
 
 def run(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -115,6 +117,39 @@ def test_without_a_gpu_nothing_starts_unless_the_cpu_is_asked_for(model: Path, t
     assert done.returncode == 1
     assert b"--device cpu" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_closed_and_full_files_and_odd_names_cause_no_traceback(model: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/b\xffd.gguf")
+    Path(odd).write_bytes(model.read_bytes())
+    python, quoted = sys.executable, str(model)
+    for command in (
+        f"{python} -m worker_orcd tokenize --model {quoted} <&-",
+        f"{python} -m worker_orcd inspect {quoted} >/dev/full",
+        f"PYTHONIOENCODING=ascii {python} -m worker_orcd inspect {quoted}",
+        f"{python} -m worker_orcd plan --json {tmp_path}/b*.gguf",
+        f"{python} -m worker_orcd inspect --json {tmp_path}/b*.gguf",
+        f"{python} -m worker_orcd inspect {quoted} <&- >&- 2>&-",
+    ):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
+        assert b"Traceback" not in done.stderr, command
+        assert done.returncode in (0, 1)
+
+
+def test_a_hostile_tensor_name_stays_on_its_line(tmp_path: Path) -> None:
+    built = tiny.build("qwen2")
+    built.tensors["evil\nMODEL_OK\x1b[31m"] = np.zeros(4, np.float32)
+    line = failure("plan", built.write(tmp_path / "evil.gguf"))
+    assert "MODEL_OK" in line
+    assert "\x1b" not in line
+
+
+def test_plan_refuses_what_serve_would_refuse(tmp_path: Path) -> None:
+    built = tiny.build("qwen2")
+    rows = [(n, a.shape, GgmlType.F32, a) for n, a in built.tensors.items() if n != "output_norm.weight"]
+    path = tmp_path / "odd.gguf"
+    write_gguf(path, built.metadata, [*rows, ("output_norm.weight", (96,), GgmlType.I16, np.zeros(96, np.int16))])
+    assert "output_norm.weight is I16" in failure("plan", path)
 
 
 def test_a_reader_that_leaves_early_causes_no_traceback(model: Path) -> None:

@@ -13,7 +13,7 @@ import worker_orcd
 
 ROOT = Path(worker_orcd.__file__).parent
 LAYERS = [
-    {"errors", "config", "narration"},
+    {"errors", "config", "narration", "signals"},
     {"gguf", "quant"},
     {"kernels"},
     {"backends"},
@@ -26,6 +26,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {  # folder → what its modules may import from outside, beside the standard library
     "errors": set(),
     "narration": {"msgspec"},
+    "signals": set(),
     "config": {"cyclopts"},
     "gguf": {"numpy"},
     "tokenizer": {"tokenizers", "jinja2", "msgspec", "numpy"},

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from worker_orcd.assemble import embedded_model
+
 PROMPT = "Write a haiku about GPU computing"
 FIVE = ["0", "25", "50", "75", "100"]
 
@@ -202,6 +204,32 @@ def test_signals_end_it_cleanly_at_any_moment(number: signal.Signals, moment: st
         assert "Traceback" not in "".join(running.lines)
 
 
+@pytest.mark.parametrize("delay_s", [0.4, 0.9, 1.4])
+def test_signals_before_the_first_line_of_the_log(delay_s: float) -> None:
+    with worker() as running:
+        time.sleep(delay_s)
+        running.process.terminate()
+        assert running.end() == 0
+        assert "Traceback" not in "".join(running.lines)
+
+
+@pytest.mark.parametrize("gap_s", [0.05, 0.3, 0.6])
+def test_a_second_signal_does_not_cut_the_end(gap_s: float) -> None:
+    with worker() as running:
+        running.wait_for("ready")
+        running.process.terminate()
+        time.sleep(gap_s)
+        if running.process.poll() is None:
+            running.process.terminate()
+        assert running.end() == 0
+
+
+def test_a_job_id_is_free_as_soon_as_its_stream_has_ended(served: Worker) -> None:
+    for _ in range(20):
+        events = served.execute(job_id="same", temperature=0, stop=["s"], max_tokens=40)
+        assert events[-1][1]["stop_reason"] == "stop_sequence"
+
+
 def test_sigterm_lets_a_running_answer_finish() -> None:
     with worker() as running:
         running.wait_for("ready")
@@ -230,3 +258,33 @@ def test_a_bad_model_is_one_clear_line_and_a_fatal_event(tmp_path: Path) -> None
         assert running.end() == 1
         assert running.lines[-1].startswith("MODEL_LOAD_FAILED: ")
         assert running.events("error")[0]["code"] == "MODEL_LOAD_FAILED"
+
+
+def test_a_file_that_vanishes_while_serving_changes_nothing(served: Worker, tmp_path: Path) -> None:
+    copy = tmp_path / "a model with späces.gguf"
+    copy.write_bytes(embedded_model().read_bytes())
+    with worker("--model", str(copy)) as running:
+        running.wait_for("ready")
+        with copy.open("r+b") as file:
+            file.truncate(100)
+        copy.unlink()
+        assert ids(running.execute(temperature=0)) == ids(served.execute(temperature=0))
+
+
+@pytest.mark.parametrize("delay_s", [0.1, 0.25, 0.4, 0.8, 1.2, 1.6])
+def test_a_file_cut_while_starting_ends_in_an_error_or_a_sound_worker(tmp_path: Path, delay_s: float) -> None:
+    """Never a signal and never a traceback, whenever it happens."""
+    copy = tmp_path / "model.gguf"
+    copy.write_bytes(embedded_model().read_bytes())
+    with worker("--model", str(copy)) as running:
+        time.sleep(delay_s)
+        with copy.open("r+b") as file:
+            file.truncate(2_000_000)
+        while running.process.poll() is None and not running.events("ready"):
+            time.sleep(0.02)
+        if running.process.poll() is None:
+            assert running.execute(max_tokens=3)[-1][0] == "end"
+        else:
+            assert running.end() == 1
+            assert running.lines[-1].startswith("MODEL_LOAD_FAILED: ")
+        assert "Traceback" not in "".join(running.lines)

@@ -52,6 +52,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
 def configs(**sizes: int) -> dict[str, tuple[str, PretrainedConfig]]:
@@ -66,6 +67,7 @@ def configs(**sizes: int) -> dict[str, tuple[str, PretrainedConfig]]:
             "qwen3",
             Qwen3Config(**{"head_dim": 40, **common}, num_key_value_heads=2, tie_word_embeddings=False),
         ),
+        "llama-linear-rope": ("llama", LlamaConfig(**common, num_key_value_heads=2, rope_parameters=LINEAR_ROPE)),
         "phi3": ("phi3", Phi3Config(**common, num_key_value_heads=4, tie_word_embeddings=False)),
     }
 
@@ -103,7 +105,9 @@ def _metadata(arch: str, config: PretrainedConfig) -> dict[str, Any]:
     names = ["<unk>", "<s>", "</s>", "<|endoftext|>"]  # llama.cpp looks these up in a phi3 file
     names += [f"<{i}>" for i in range(256 + len(names), config.vocab_size)]
     vocab = [*printable_bytes(), *names]
-    return {
+    rope = config.rope_parameters
+    scaling = {f"{arch}.rope.scaling.factor": rope["factor"]} if rope.get("rope_type") == "linear" else {}
+    return scaling | {
         "general.architecture": arch,
         "general.name": f"tiny {arch}",
         "general.file_type": 0,

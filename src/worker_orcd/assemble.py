@@ -60,8 +60,8 @@ def _context_length(config: WorkerConfig, spec: ModelSpec) -> int:
     context = config.context_length or spec.context_length
     if config.kv_cache_size_mb is not None:
         context = min(context, config.kv_cache_size_mb * MIB // kv_bytes_per_token(_dims(spec, context)))
-    if context < 2:
-        raise StartFailed(f"kv_cache_size_mb is {config.kv_cache_size_mb}; that is room for {context} tokens")
+        if context < 1:
+            raise StartFailed(f"kv_cache_size_mb is {config.kv_cache_size_mb}; that is less than one token takes")
     return context
 
 
@@ -154,6 +154,11 @@ def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProg
     return Runtime(adapter, kv, ContiguousAllocator(num_sequences=1, max_tokens=context), device)
 
 
+def _model_name(gguf: GgufFile) -> str:
+    name = gguf.metadata.get("general.name")
+    return name if isinstance(name, str) and name else gguf.path.stem
+
+
 def build_engine(config: WorkerConfig, blueprint: Blueprint, runtime: Runtime, tokenizer: Tokenizer) -> SerialEngine:
     """Start the engine thread on a loaded model."""
     import torch
@@ -167,7 +172,7 @@ def build_engine(config: WorkerConfig, blueprint: Blueprint, runtime: Runtime, t
     gguf, spec, device = blueprint.gguf, blueprint.spec, runtime.device
     padding = range(tokenizer.vocab_size, spec.vocab_size)
     info = ModelInfo(
-        name=gguf.get("general.name", str, "") or gguf.path.stem,
+        name=_model_name(gguf),
         path=str(gguf.path),
         architecture=spec.architecture,
         quant_kind=gguf.quant_kind,

@@ -7,7 +7,10 @@ What a command needs is imported inside it: `inspect`, `plan` and `tokenize` mus
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +20,8 @@ from cyclopts.config import Env, Yaml
 
 from worker_orcd import __version__
 from worker_orcd.config import WorkerConfig
-from worker_orcd.errors import StartFailed, WorkerError
+from worker_orcd.errors import InvalidRequest, StartFailed, WorkerError
+from worker_orcd.signals import Stopped, stoppable
 
 DEFAULTS = WorkerConfig()
 
@@ -26,6 +30,7 @@ app = App(
     help="Serve one GGUF model over HTTP, resident in VRAM, with reproducible answers.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -35,9 +40,13 @@ def serve(*, config: WorkerConfig = DEFAULTS) -> int:
 
     Events go to stderr, one JSON object a line.
     """
-    from worker_orcd.worker import run_worker
+    try:
+        with stoppable():
+            from worker_orcd.worker import run_worker
 
-    return run_worker(config)
+            return run_worker(config)
+    except Stopped:  # before there was anything to stop
+        return 0
 
 
 @app.command
@@ -48,9 +57,10 @@ def haiku(
     config: WorkerConfig = DEFAULTS,
 ) -> int:
     """Start a worker, stream a haiku twice, say whether both were the same and how fast, stop the worker."""
-    from worker_orcd.haiku import run_haiku
+    with stoppable():  # SIGTERM must not leave the worker behind
+        from worker_orcd.haiku import run_haiku
 
-    return run_haiku(config, prompt, json)
+        return run_haiku(config, prompt, json)
 
 
 @app.command
@@ -93,6 +103,8 @@ def tokenize(
     """Turn UTF-8 text on stdin into token ids: {"ids": [...]}."""
     from worker_orcd.reports import tokenize_report
 
+    if sys.stdin is None:
+        raise InvalidRequest("the text is read from stdin, which is closed")
     print(tokenize_report(model, tokenizer_json, sys.stdin.buffer.read(), add_special, parse_special))
     return 0
 
@@ -128,29 +140,54 @@ def launch(
 def _yaml(path: Path) -> Yaml:
     import yaml
 
+    if not path.is_file():
+        raise StartFailed(f"config {path} is not a regular file")
     try:
-        is_mapping = isinstance(yaml.safe_load(path.read_bytes()) or {}, dict)
+        settings = yaml.safe_load(path.read_bytes()) or {}
     except OSError as error:
         raise StartFailed(f"config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise StartFailed(f"config {path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not is_mapping:
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise StartFailed(f"config {path} must hold `name: value` lines")
     return Yaml(path, must_exist=True, use_commands_as_keys=False)
 
 
 def main() -> None:
     """Console script. Never shows a traceback for something the user can mend."""
+    _open_standard_files()
     try:
-        status = app.meta(exit_on_error=False, result_action="return_value")
-    except CycloptsError:  # already printed
-        status = 1
+        status = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except CycloptsError as error:
+        status = _fail("WORKER_START_FAILED", str(error))
     except WorkerError as error:
-        print(f"{error.code}: {error.message}", file=sys.stderr)
-        status = 1
+        status = _fail(error.code, error.message)
     except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # the reader of our output has gone: no one is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        status = 128 + signal.SIGINT
+    except OSError as error:  # of our own output: the reader left, or the disk is full
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1 if isinstance(error, BrokenPipeError) else _fail("INTERNAL", f"cannot write: {error.strerror}")
+    except MemoryError:
+        status = _fail("INTERNAL", "out of memory")
     sys.exit(status)
+
+
+def _fail(code: str, message: str) -> int:
+    """One line on stderr whatever is in `message`: names in it may come from a hostile file."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message.strip())
+    print(f"{code}: {line}", file=sys.stderr)
+    return 1
+
+
+def _open_standard_files() -> None:
+    """Give closed standard files their numbers back, lest a socket takes one; escape what cannot be encoded."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -33,7 +33,9 @@ class Answer:
 
 def run_haiku(config: WorkerConfig, prompt: str, as_json: bool) -> int:
     """Exit status: 0 when both answers are the same and the worker stopped cleanly."""
-    config = replace(config, model=config.model or embedded_model(), port=_free_port(), log_level="error")
+    config = replace(
+        config, model=config.model or embedded_model(), host="127.0.0.1", port=_free_port(), log_level="error"
+    )
     if config.device == "cpu":
         print("Running the float32 reference backend on the CPU, because --device cpu asks for it.")
     print(f"Starting a worker on {config.model} …", flush=True)
@@ -67,7 +69,13 @@ def _json_line(first: Answer, second: Answer, identical: bool) -> str:
 
 def ask(config: WorkerConfig, prompt: str, job_id: str, show: bool) -> Answer:
     """One POST /execute, its stream read to the end. Raises StartFailed when the worker reports an error."""
-    body = {"job_id": job_id, "prompt": prompt, "temperature": 0.0, "seed": SEED, "max_tokens": MAX_TOKENS}
+    body = {
+        "job_id": job_id,
+        "prompt": prompt,
+        "temperature": 0.0,
+        "seed": SEED,
+        "max_tokens": min(MAX_TOKENS, config.max_tokens_out),
+    }
     body["apply_chat_template"] = _has_chat_template(config)
     began = time.perf_counter()
     first = last = began
@@ -125,7 +133,7 @@ def _has_chat_template(config: WorkerConfig) -> bool:
 @contextmanager
 def _worker(config: WorkerConfig) -> Iterator[subprocess.Popen[bytes]]:
     """A worker process with exactly this configuration, ready; killed on the way out if it still runs."""
-    command = [sys.executable, "-m", "worker_orcd", "serve"]
+    command = [sys.executable, "-P", "-m", "worker_orcd", "serve"]  # -P: nothing is imported from where we stand
     for name, value in asdict(config).items():
         if value is not None:
             command += [f"--{name.replace('_', '-')}", str(value.resolve() if isinstance(value, Path) else value)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,8 @@ def inspect_report(path: Path, as_json: bool) -> str:
     """Metadata and tensors of a file, as a table or as JSON. Raises ModelLoadFailed on a malformed file."""
     with GgufFile.open(path) as gguf:
         report = {
-            "file": str(path),
-            "files": [str(p) for p in gguf.paths],
+            "file": _encodable(path),
+            "files": [_encodable(p) for p in gguf.paths],
             "size_bytes": gguf.size_bytes,
             "version": gguf.version,
             "alignment": gguf.alignment,
@@ -70,7 +71,7 @@ def _shown(value: Value) -> Any:
 def _inspect_table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['file']}: GGUF v{report['version']}, {_size(report['size_bytes'])}, "
-        f"{report['architecture'] or 'no architecture'}, {report['quant_kind']}, "
+        f"{_printable(report['architecture'] or 'no architecture')}, {report['quant_kind']}, "
         f"{report['parameters'] / 1e6:,.1f} M parameters",
         "",
         "metadata",
@@ -78,7 +79,7 @@ def _inspect_table(report: dict[str, Any]) -> str:
     for key, value in report["metadata"].items():
         text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
         text = text.encode("unicode_escape").decode() if isinstance(value, str) else text
-        lines.append(f"  {key:44} {text if len(text) <= LONG_TEXT else text[: LONG_TEXT - 1] + '…'}")
+        lines.append(f"  {_printable(key):44} {text if len(text) <= LONG_TEXT else text[: LONG_TEXT - 1] + '…'}")
     lines += ["", f"types{'':41}tensors          bytes"]
     lines += [f"  {name:44}{t['tensors']:7} {t['bytes']:14,}" for name, t in report["types"].items()]
     lines += ["", "tensors"]
@@ -95,7 +96,7 @@ def plan_report(path: Path, config: WorkerConfig, as_json: bool) -> str:
     gguf, plan = blueprint.gguf, blueprint.plan
     gguf.close()
     report = {
-        "file": str(path),
+        "file": _encodable(path),
         "architecture": blueprint.spec.architecture,
         "quant_kind": gguf.quant_kind,
         "device": config.device,
@@ -133,6 +134,11 @@ def _json(value: Any) -> str:
 
 def _printable(name: str) -> str:
     return name.encode("unicode_escape").decode()
+
+
+def _encodable(path: Path) -> str:
+    """A path as text; bytes of a name that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _size(nbytes: int) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +20,7 @@ from worker_orcd.errors import FieldError, InvalidRequest, WorkerError
 from worker_orcd.narration import BackgroundSink, Narrator
 from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal arrived before there was anything to drain. No code on the way may swallow it as an error."""
+from worker_orcd.signals import Stopped
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -48,14 +43,13 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         port=config.port,
     )
     try:
-        with _stoppable():
-            listener = bind(config.host, config.port)
-            blueprint = draw_up(config)
-            texts = load_texts(config, blueprint)
-            engine = _load_engine(config, blueprint, texts, narrator)
-            app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator)
-            return serve(app, listener, engine, narrator)
-    except _Stopped:
+        listener = bind(config.host, config.port)
+        blueprint = draw_up(config)
+        texts = load_texts(config, blueprint)
+        engine = _load_engine(config, blueprint, texts, narrator)
+        app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator)
+        return serve(app, listener, engine, narrator)
+    except Stopped:
         narrator.narrate("shutdown", "stopped before serving", action="stop", reason="signal", exit_code=0)
         return 0
     except WorkerError as error:
@@ -128,18 +122,3 @@ def _bad_ids(constraint: str, message: str) -> InvalidRequest:
 
 def _gpu(config: WorkerConfig) -> int | None:
     return config.gpu_device if config.device == "cuda" else None
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into _Stopped until the event loop takes over their handling."""
-
-    def stop(*_: object) -> None:
-        raise _Stopped
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -126,6 +126,12 @@ def test_temperature_zero_is_argmax_and_ties_go_to_the_lowest_id() -> None:
     assert Sampler([]).sample(torch.tensor([1.0, 3.0, 2.9]), penalised, [1], 0) == 2
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-7])
+def test_a_temperature_near_zero_is_argmax(temperature: float) -> None:
+    params = SamplingParams(seed=3, temperature=temperature, repetition_penalty=1.2, top_p=0.9)
+    assert Sampler([]).sample(torch.tensor([-50.0, 30.0, 29.9, -1e30]), params, [0], 0) == 1
+
+
 def test_penalty_divides_positive_multiplies_negative_and_counts_an_id_once() -> None:
     scores = torch.tensor([4.0, -4.0, 1.0, 0.0], dtype=torch.float64)
     penalize(scores, [0, 0, 1, 3], 2.0)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.fakes import ByteTokenizer, ScriptedEngine, Step, UserTemplate, forever, text_script
 from tests.server.client import Answer, Rig, make_rig
 from worker_orcd.engine.request import Failed
-from worker_orcd.errors import JobConflict, Overloaded, ShuttingDown, TemplateError
+from worker_orcd.errors import Cancelled, JobConflict, Overloaded, ShuttingDown, TemplateError
+from worker_orcd.server.control import Job
 from worker_orcd.server.schemas import UNSUPPORTED
 from worker_orcd.tokenizer.stream import TextStream
 
@@ -348,7 +349,7 @@ def test_cancel_in_every_state() -> None:
 
     run, wait, statuses = asyncio.run(story())
     assert statuses == [202] * 6
-    assert [event.name for event in wait.events] == ["error"]
+    assert [event.name for event in wait.events] == ["started", "error"]
     assert len(run.events) > 3
     assert run.events[-1].data["code"] == wait.events[-1].data["code"] == "CANCELLED"
     assert rig.engine.cancelled == ["wait", "run"]
@@ -356,7 +357,7 @@ def test_cancel_in_every_state() -> None:
     assert not rig.engine.waiting
 
 
-def test_cancel_before_the_stream_is_open_is_a_status() -> None:
+def test_cancel_before_the_stream_is_open_is_a_stream_too() -> None:
     rig = make_rig(ScriptedEngine(lambda _: forever(), max_running=0))
 
     async def story() -> Answer:
@@ -366,7 +367,23 @@ def test_cancel_before_the_stream_is_open_is_a_status() -> None:
         return await run
 
     answer = asyncio.run(story())
-    assert (answer.status, answer.error["code"]) == (499, "CANCELLED")
+    assert answer.status == 200
+    assert [event.name for event in answer.events] == ["started", "error"]
+    assert answer.events[-1].data["code"] == "CANCELLED"
+
+
+def test_a_job_that_waits_for_its_reader_can_be_cancelled_and_drained() -> None:
+    """Its outcome is settled, so neither may touch it any more."""
+
+    async def story() -> None:
+        job = Job(None)
+        async with job.scope:
+            pass
+        job.is_settled = True
+        job.interrupt(Cancelled("too late"))
+        assert job.error is None
+
+    asyncio.run(story())
 
 
 steps = st.one_of(

@@ -55,6 +55,7 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     stop: WorkerError | None = None  # set from any thread; honoured between steps
+    has_ended: bool = False  # its last event is posted; its id and its place are free again
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     first_token: float | None = None
@@ -89,6 +90,7 @@ class SerialEngine:
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[str, _Job] = {}  # waiting or running, by request id
         self._closing = False
+        self._is_busy = False
         self._healthy = True
         self._mean_job_s = 1.0  # running mean, for Retry-After
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -114,13 +116,12 @@ class SerialEngine:
         return job is not None
 
     def status(self) -> EngineStatus:
-        waiting, known = len(self._waiting), len(self._jobs)  # not one instant, but near enough for a reader
         return EngineStatus(
             healthy=self._healthy and self._thread.is_alive(),
             resident=self._limits.vram_bytes > 0,
             vram_bytes_used=self._limits.vram_bytes,
-            num_running=max(0, known - waiting),
-            num_waiting=waiting,
+            num_running=int(self._is_busy),
+            num_waiting=len(self._waiting),
             retry_after_s=self._retry_after_s(),
         )
 
@@ -150,12 +151,14 @@ class SerialEngine:
         return job
 
     def _end_early(self, job: _Job, error: WorkerError) -> None:
-        """A waiting job ends now, the running one before its next step, one that has ended not at all."""
+        """The client hears of it now; the engine lets go of the running job before its next step."""
         with self._lock:
-            job.stop = job.stop or error
+            if job.has_ended:
+                return
+            job.stop = error
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._fail(job, error)
+            self._fail(job, error)
 
     def _retry_after_s(self) -> int:
         return max(1, round(self._mean_job_s * (1 + len(self._waiting))))
@@ -164,21 +167,26 @@ class SerialEngine:
 
     def _serve(self) -> None:
         while (job := self._next_job()) is not None:
-            job.started = time.monotonic()
-            job.post(Started())
-            seq = Sequence.of(job.request, self._allocator.new_table())
-            try:
-                reason = self._generate(job, seq)
-            except WorkerError as error:
-                self._fail(job, error)
-            except torch.OutOfMemoryError:
-                self._fail(job, VramOom(f"no device memory for a request of {len(seq.tokens)} tokens"))
-            except Exception as error:
-                self._fail(job, Internal(f"the engine failed: {_origin(error)}"))
-            else:
-                self._healthy = True
-                self._finish(job, Finished(reason, job.timings()))
-            self._mean_job_s += 0.2 * (time.monotonic() - job.started - self._mean_job_s)
+            self._is_busy = True
+            self._serve_one(job)
+            self._is_busy = False
+
+    def _serve_one(self, job: _Job) -> None:
+        job.started = time.monotonic()
+        job.post(Started())
+        seq = Sequence.of(job.request, self._allocator.new_table())
+        try:
+            reason = self._generate(job, seq)
+        except WorkerError as error:
+            self._fail(job, error)
+        except torch.OutOfMemoryError:
+            self._fail(job, VramOom(f"no device memory for a request of {len(seq.tokens)} tokens"))
+        except Exception as error:
+            self._fail(job, Internal(f"the engine failed: {_origin(error)}"))
+        else:
+            self._healthy = True
+            self._finish(job, Finished(reason, job.timings()))
+        self._mean_job_s += 0.2 * (time.monotonic() - job.started - self._mean_job_s)
 
     def _next_job(self) -> _Job | None:
         with self._lock:
@@ -230,7 +238,10 @@ class SerialEngine:
 
     def _finish(self, job: _Job, event: Event) -> None:
         with self._lock:
-            self._jobs.pop(job.request.id, None)
+            if job.has_ended:
+                return
+            job.has_ended = True
+            del self._jobs[job.request.id]
         self._metrics.record_inference_complete(job.timings().total_ms)
         job.post(event)
 

@@ -14,6 +14,7 @@ from worker_orcd.engine.request import SamplingParams
 from worker_orcd.errors import NumericFault
 
 MIN_PENALTY = 1e-6  # a repetition penalty of 0 is legal; it divides
+MIN_TEMPERATURE = 1e-6  # below it the likeliest token has all the mass, and dividing could overflow
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK32 = 0xFFFFFFFF
@@ -51,10 +52,11 @@ class Sampler:
         if not bool(torch.isfinite(scores).all()):
             raise NumericFault(f"logits for position {position} are not finite")
         scores[self._unsampleable] = -torch.inf
-        if params.temperature > 0.0:
+        is_greedy = params.temperature < MIN_TEMPERATURE
+        if not is_greedy:
             scores /= params.temperature
         penalize(scores, generated, params.repetition_penalty)
-        if params.temperature == 0.0:
+        if is_greedy:
             return int(scores.argmax())
         ids, probs = distribution(scores, params)
         return int(ids[draw(probs, uniform(params.seed, 0, position))])

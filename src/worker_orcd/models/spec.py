@@ -112,11 +112,13 @@ def _embedding_rows(gguf: GgufFile, hidden: int) -> int:
 
 
 def _rope_scale(gguf: GgufFile) -> float:
-    kind = gguf.hparam("rope.scaling.type", str, "none")
+    """A factor without a type means linear scaling; `rope.scale_linear` is its older name."""
+    kind = gguf.hparam("rope.scaling.type", str, "linear")
     if kind == "none":
         return 1.0
     if kind == "linear":
-        return float(gguf.hparam("rope.scaling.factor", float, min=1e-3, max=1e6))
+        older = gguf.hparam("rope.scale_linear", float, 1.0, min=1e-3, max=1e6)
+        return float(gguf.hparam("rope.scaling.factor", float, older, min=1e-3, max=1e6))
     raise ModelLoadFailed(f"{gguf.architecture}.rope.scaling.type is {kind[:64]!r}; none and linear are supported")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.models.spec import ModelSpec
+from worker_orcd.quant.types import RUNNABLE
 
 Shape = tuple[int, ...]
 NAMES_SHOWN = 8
@@ -73,6 +74,14 @@ def check_tensors(gguf: GgufFile, table: dict[str, Shape]) -> None:
                 if name in found and found[name].shape != shape
             ],
         ),
+        _listed(
+            "tensors of types that cannot be run",
+            [
+                f"{name} is {found[name].type.name}"
+                for name in table
+                if name in found and found[name].type not in RUNNABLE
+            ],
+        ),
     ]
     if message := "; ".join(problem for problem in problems if problem):
         raise ModelLoadFailed(f"{gguf.path.name}: {message}")
@@ -82,4 +91,4 @@ def _listed(title: str, names: list[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{title}: {', '.join(name[:120] for name in names[:NAMES_SHOWN])}{more}"
+    return f"{title}: {', '.join(names[:NAMES_SHOWN])}{more}"

@@ -30,12 +30,14 @@ class Job:
     def __init__(self, remaining_s: float | None) -> None:
         self.error: WorkerError | None = None
         self.scope = asyncio.timeout(remaining_s)
+        self.is_settled = False  # its outcome is known; only the client still has to read it
 
     def interrupt(self, error: WorkerError) -> None:
         """End the job with `error`; only the first interruption counts."""
-        if self.error is None:
+        if self.error is None and not self.is_settled:
             self.error = error
-            self.scope.reschedule(asyncio.get_running_loop().time())
+            if not self.scope.expired():
+                self.scope.reschedule(asyncio.get_running_loop().time())
 
 
 class Control:

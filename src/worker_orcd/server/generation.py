@@ -78,9 +78,13 @@ class Generation:
             failure = error
         except Exception as error:
             failure = self._expected(job, error)
+        finally:
+            job.is_settled = True
         self.tally.code = failure.code
-        if not self._stream.is_open:
+        if not self._stream.is_open and not isinstance(failure, Cancelled):
             raise failure
+        if self.tally.started_s is None:  # every stream begins with `started`, one that ends in the queue too
+            await self._start()
         return ErrorEvent(failure.code, failure.message, failure.retriable)
 
     def _expected(self, job: Job, error: Exception) -> WorkerError:

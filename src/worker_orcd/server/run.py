@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from worker_orcd.errors import StartFailed
 from worker_orcd.narration import Narrator
 from worker_orcd.server.connection import Connection
 from worker_orcd.server.control import Control
+from worker_orcd.signals import STOP_SIGNALS, ignore_signals
 
 BACKLOG = 2048
 KEEP_ALIVE_IDLE_S = 30
@@ -116,11 +116,11 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    names = (signal.SIGTERM, signal.SIGINT)
-    for name in names:
+    for name in STOP_SIGNALS:
         loop.add_signal_handler(name, stop)
     try:
         yield
     finally:
-        for name in names:
+        for name in STOP_SIGNALS:
             loop.remove_signal_handler(name)
+        ignore_signals()  # removing has restored the default, which would kill what still ends in order
