@@ -68,6 +68,12 @@ def configs(**sizes: int) -> dict[str, tuple[str, PretrainedConfig]]:
             Qwen3Config(**{"head_dim": 40, **common}, num_key_value_heads=2, tie_word_embeddings=False),
         ),
         "llama-linear-rope": ("llama", LlamaConfig(**common, num_key_value_heads=2, rope_parameters=LINEAR_ROPE)),
+        "llama-biases": (
+            "llama",
+            LlamaConfig(
+                **common, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+            ),
+        ),
         "phi3": ("phi3", Phi3Config(**common, num_key_value_heads=4, tie_word_embeddings=False)),
     }
 
@@ -160,7 +166,7 @@ def _tensors(arch: str, config: PretrainedConfig, model: PreTrainedModel) -> dic
 def _interleave(weight: torch.Tensor, config: PretrainedConfig, target: str) -> torch.Tensor:
     """Rows of each head from half-split to interleaved order, as llama.cpp's converter stores them."""
     heads = config.num_attention_heads if target == "attn_q" else config.num_key_value_heads
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
 def _llama3_factors(config: PretrainedConfig) -> np.ndarray:

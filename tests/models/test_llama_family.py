@@ -26,3 +26,10 @@ def test_logits_agree_with_transformers(case: str, tmp_path: Path) -> None:
         assert ours.shape == expected.shape
         assert ((ours - expected).norm() / expected.norm()).item() < 1e-4, f"{length} tokens"
         assert (ours - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_dimensions_given_layer_by_layer(tmp_path: Path) -> None:
+    model = tiny.build("qwen2")
+    plain = model.write(tmp_path / "plain.gguf")
+    model.metadata |= {"qwen2.attention.head_count_kv": [2, 2], "qwen2.feed_forward_length": [160, 160]}
+    assert torch.equal(all_logits(plain, [5, 6, 7]), all_logits(model.write(tmp_path / "arrays.gguf"), [5, 6, 7]))

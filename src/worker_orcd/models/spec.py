@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.reader import GgufFile
 
@@ -97,6 +99,13 @@ def read_spec(gguf: GgufFile) -> ModelSpec:
 
 
 def _dim(gguf: GgufFile, name: str, default: int | None = None, maximum: int = MAX_DIM) -> int:
+    """A dimension; one given layer by layer must be the same in all."""
+    per_layer = gguf.metadata.get(f"{gguf.architecture}.{name}")
+    if isinstance(per_layer, np.ndarray):
+        values = set(gguf.hparam(name, "ints", min=1, max=maximum).tolist())
+        if len(values) != 1:
+            raise ModelLoadFailed(f"{gguf.architecture}.{name} differs from layer to layer, which is not supported")
+        return int(values.pop())
     if default is None:
         return int(gguf.hparam(name, int, min=1, max=maximum))
     return int(gguf.hparam(name, int, default, min=1, max=maximum))

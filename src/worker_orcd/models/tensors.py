@@ -43,7 +43,7 @@ def _layer_table(spec: ModelSpec, prefix: str, present: Collection[str]) -> tupl
         "attn_output.weight": (spec.hidden, spec.q_width),
         "ffn_down.weight": (spec.hidden, spec.ffn),
     }
-    optional: dict[str, Shape] = {"attn_output.bias": (spec.hidden,)}
+    optional: dict[str, Shape] = {"attn_output.bias": (spec.hidden,), "ffn_down.bias": (spec.hidden,)}
     if spec.family.qk_norm:
         required |= {"attn_q_norm.weight": (spec.head_dim,), "attn_k_norm.weight": (spec.head_dim,)}
     if f"{prefix}attn_qkv.weight" in present:
@@ -54,9 +54,11 @@ def _layer_table(spec: ModelSpec, prefix: str, present: Collection[str]) -> tupl
     biases = {f"{name}.bias": (width,) for name, width in widths.items()}
     (required if spec.family.qkv_bias else optional).update(biases)
     if f"{prefix}ffn_gate.weight" in present:
-        required |= {"ffn_gate.weight": (spec.ffn, spec.hidden), "ffn_up.weight": (spec.ffn, spec.hidden)}
+        widths = {"ffn_gate": spec.ffn, "ffn_up": spec.ffn}
     else:  # gate in the first half of the rows, up in the second
-        required |= {"ffn_up.weight": (2 * spec.ffn, spec.hidden)}
+        widths = {"ffn_up": 2 * spec.ffn}
+    required |= {f"{name}.weight": (width, spec.hidden) for name, width in widths.items()}
+    optional |= {f"{name}.bias": (width,) for name, width in widths.items()}
     return required, optional
 
 
