@@ -25,6 +25,17 @@ def long_strings(size: int) -> bytes:
     return make.container([make.array("s", make.STRING, few, size // 8264 * 1001)])
 
 
+def rare_finds(size: int) -> bytes:
+    """One string that the short-cut finds, then a few that it does not."""
+    few = make.string(b"a") + bytes(8 * 64)
+    return make.container([make.array("s", make.STRING, few * (size // len(few)), size // len(few) * 65)])
+
+
+def rare_finds_in_small_arrays(size: int) -> bytes:
+    few = make.string(b"a") + bytes(8 * 39)
+    return make.container([make.array(f"{i}", make.STRING, few, 40) for i in range(size // 349)])
+
+
 def tiny_arrays(size: int) -> bytes:
     pairs = [make.array(f"{i}", make.U8, b"", 0) for i in range(min(size // 29, 65_536))]
     return make.container(pairs)
@@ -48,7 +59,17 @@ def numbers(size: int) -> bytes:
     return make.container([make.array("n", make.U8, bytes(size), size)])
 
 
-KINDS = [empty_strings, long_strings, tiny_arrays, many_pairs, many_tiny_string_arrays, many_tensors, numbers]
+KINDS = [
+    empty_strings,
+    long_strings,
+    rare_finds,
+    rare_finds_in_small_arrays,
+    tiny_arrays,
+    many_pairs,
+    many_tiny_string_arrays,
+    many_tensors,
+    numbers,
+]
 
 
 def cost(path: Path, content: bytes) -> tuple[int, float]:
@@ -76,6 +97,15 @@ def test_memory_and_time_follow_the_size(tmp_path: Path, build: Callable[[int], 
         peaks.append((len(content), peak))
     (small, low), (large, high) = peaks[0], peaks[-1]
     assert high <= 1.2 * low * large / small + MIB
+
+
+@pytest.mark.parametrize("build", [rare_finds, rare_finds_in_small_arrays])
+def test_strings_are_not_searched_in_vain(tmp_path: Path, build: Callable[[int], bytes]) -> None:
+    """Measured against strings that are walked one by one, which is the price of strings that are not searched."""
+    walked, searched = (
+        min(cost(tmp_path / "m.gguf", made(MIB))[1] for _ in range(3)) for made in (empty_strings, build)
+    )
+    assert searched <= 4 * walked
 
 
 @pytest.mark.parametrize("build", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from tests.tokenizer.vocabularies import (
 )
 from worker_orcd.errors import InvalidRequest, ModelLoadFailed
 from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.gguf.writer import write_gguf
 from worker_orcd.tokenizer.bpe import BpeTokenizer
+from worker_orcd.tokenizer.hf_json import MAX_JSON_BYTES
 from worker_orcd.tokenizer.load import load_tokenizer
 from worker_orcd.tokenizer.pretokenize import PRE_TOKENIZERS, pre_tokenizer
+from worker_orcd.tokenizer.vocabulary import Vocabulary
 
 PIECES = {"▁": -9, "a": -8, "b": -7, "▁a": -1, "ab": -2, "▁ab": -3, "▁▁": -4, "▁▁▁": -4}
 
@@ -147,7 +151,6 @@ def test_context_length_and_kinds(tmp_path: Path) -> None:
     [
         ({"tokenizer.ggml.model": "rwkv"}, "tokenizer.ggml.model 'rwkv'.*gpt2 and llama"),
         ({"tokenizer.ggml.pre": "brand-new"}, "tokenizer.ggml.pre 'brand-new'.*known are.*llama-bpe"),
-        ({"tokenizer.ggml.merges": ["h e", "nospace"]}, r"merges\[1\]"),
         (
             {"tokenizer.ggml.tokens": ["a", "b", "a"], "tokenizer.ggml.token_type": [1, 1, 1]},
             "ids 0 and 2 have the same",
@@ -169,6 +172,65 @@ def test_merges_that_make_no_token_are_passed_over(tmp_path: Path) -> None:
     assert tokenizer.encode("hello lo") == quick
     assert tokenizer.decode(quick) == "hello lo"
     assert len(quick) == 6  # hel l o, space, l o
+
+
+def test_malformed_merges_are_passed_over(tmp_path: Path) -> None:
+    """By the little loop and the library alike: what is accepted must not depend on the length of a text."""
+    merges = ["h", "h e l", "h e", " l", "l ", "", "he  l", "he l"]
+    metadata = bpe_metadata({}) | {"tokenizer.ggml.merges": merges}
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    quick = tokenizer.encode("hello l")
+    assert _texts(tokenizer, quick) == ["hel", "l", "o", "Ġ", "l"]
+    tokenizer.prepare()
+    assert tokenizer.encode("hello l") == quick
+
+
+def test_merges_may_be_malformed_throughout(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(written(tmp_path, bpe_metadata({}) | {"tokenizer.ggml.merges": ["he", "h e l"]}))
+    tokenizer.prepare()
+    assert _texts(tokenizer, tokenizer.encode("hel")) == ["h", "e", "l"]
+
+
+def test_spm_byte_tokens_are_known_without_types(tmp_path: Path) -> None:
+    metadata = spm_metadata(PIECES, {})
+    del metadata["tokenizer.ggml.token_type"]
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    ids = tokenizer.encode("abé", add_special=False)
+    assert _texts(tokenizer, ids) == ["▁ab", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids) == " abé"
+
+
+@pytest.mark.parametrize(("unknown", "expected"), [({}, "<unk>"), ({"unknown_token_id": 2}, "</s>")])
+def test_spm_characters_without_a_token_are_the_unknown_one(
+    tmp_path: Path, unknown: dict[str, int], expected: str
+) -> None:
+    metadata = spm_metadata(PIECES, {}, **unknown)
+    for key in ("tokens", "token_type", "scores"):
+        del metadata[f"tokenizer.ggml.{key}"][3 : 3 + 256]  # the byte tokens
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    ids = tokenizer.encode("axéa a", add_special=False)
+    assert _texts(tokenizer, ids) == ["▁a", expected, expected, "a", "▁a"]
+
+
+def test_tokens_of_invalid_utf8_may_look_the_same(tmp_path: Path) -> None:
+    metadata = bpe_metadata({"X1": NORMAL, "X2": NORMAL, "é": NORMAL, "X3": NORMAL, "<e>": CONTROL}, eos_token_id=102)
+    path = tmp_path / "model.gguf"
+
+    def vocabulary(*replacements: tuple[bytes, bytes]) -> Vocabulary:
+        write_gguf(path, metadata)
+        content = path.read_bytes()
+        for old, new in replacements:
+            content = content.replace(b"\2" + bytes(7) + old, len(new).to_bytes(8, "little") + new)
+        path.write_bytes(content)
+        with GgufFile.open(path) as gguf:
+            return load_tokenizer(gguf).vocabulary
+
+    two = vocabulary((b"X1", b"\xff"), (b"X2", b"\xfe"))
+    assert (two.tokens[98:100], two.ids["\ufffd"], two.ids["X3"], two.eog_ids) == (["\ufffd"] * 2, 98, 101, {102})
+    three = vocabulary((b"X1", b"\xff"), (b"X2", b"\xfe"), ("é".encode(), "\ufffd".encode()))
+    assert three.ids["\ufffd"] == 100, "the token that is this character"
+    with pytest.raises(ModelLoadFailed, match="ids 98 and 99 have the same"):
+        vocabulary((b"X1", b"\xff"), (b"X2", b"\xff"))
 
 
 def test_missing_parts_and_malformed_byte_tokens_are_named(tmp_path: Path) -> None:
@@ -280,5 +342,21 @@ def test_tokenizer_json_of_another_model_is_refused(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ModelLoadFailed, match=r"is not a tokenizer\.json"):
         load_tokenizer(gguf, path)
-    with pytest.raises(ModelLoadFailed, match="cannot be read"):
+    with pytest.raises(ModelLoadFailed, match="cannot be opened: No such file"):
         load_tokenizer(gguf, tmp_path / "absent.json")
+
+
+def test_tokenizer_json_must_be_a_regular_file_of_some_size(tmp_path: Path) -> None:
+    gguf = written(tmp_path, bpe_metadata({}))
+    os.mkfifo(tmp_path / "fifo")
+    start = time.monotonic()
+    with pytest.raises(ModelLoadFailed, match=r"is a FIFO, a tokenizer\.json must be a regular file"):
+        load_tokenizer(gguf, tmp_path / "fifo")
+    with pytest.raises(ModelLoadFailed, match="is a character device"):
+        load_tokenizer(gguf, Path("/dev/zero"))
+    assert time.monotonic() - start < 1
+    path = tmp_path / "large.json"
+    path.touch()
+    os.truncate(path, MAX_JSON_BYTES + 1)
+    with pytest.raises(ModelLoadFailed, match=r"large\.json has more than 67108864 bytes"):
+        load_tokenizer(gguf, path)

@@ -25,8 +25,9 @@ MAX_KEY = 2**16
 MAX_TEMPLATE = 2**18
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1  # key length, key, type, value
 
-_WINDOW = 2**16  # bytes searched for strings at once
-_FEW = 32  # strings walked one by one before the next search: a search has its own cost
+_WINDOWS = (2**10, 2**16)  # fewest and most bytes searched for strings at once
+_FEW = 512  # fewest strings to search for: a search costs as much as walking a hundred
+_STRETCH = 256  # strings walked one by one after a search in vain
 
 _SCALARS: Mapping[ValueType, struct.Struct] = {
     ValueType.UINT8: struct.Struct("<B"),
@@ -168,27 +169,38 @@ def _walk_strings(cursor: Cursor, count: int, field: str) -> StringArray:
     """Find where `count` strings start: the hot loop of opening a file.
 
     Runs of short strings without NUL bytes, which is what vocabularies are, are found by numpy at once. Whatever else
-    is met is walked one by one, for ever longer stretches while it lasts, so that odd files are not searched in vain.
+    is met is walked one by one. A search pays when it passes over half its window: the next window is then twice as
+    large. Otherwise it is half as large, and comes after a walk, ever longer while no search pays. So the bytes
+    searched stay in proportion to the bytes passed over, however the strings are chosen.
     """
     starts = array("q", [cursor.pos])
-    stretch = _FEW
+    window, stretch = _WINDOWS[0], _STRETCH
     while (left := count + 1 - len(starts)) > 0:
-        ends = _short_string_ends(cursor.data, cursor.pos, left) if left > _FEW else array("q")
-        stretch = _FEW if ends else stretch * 2
-        if not ends:
-            ends = _string_ends(cursor, min(stretch, left), field)
-        cursor.pos = ends[-1]
-        starts.extend(ends)
+        start = cursor.pos
+        if left >= _FEW:
+            _advance(cursor, starts, _short_string_ends(cursor.data, start, left, window))
+        if cursor.pos - start >= window // 2:
+            window, stretch = min(window * 2, _WINDOWS[1]), _STRETCH
+            continue
+        left = count + 1 - len(starts)
+        _advance(cursor, starts, _string_ends(cursor, min(stretch, left), field))
+        window, stretch = max(window // 2, _WINDOWS[0]), stretch * 2
     return StringArray(cursor.data, starts)
 
 
-def _short_string_ends(data: bytes, pos: int, count: int) -> array[int]:
-    """Where strings from `pos` on end, as many as are seen in one window; none when the first looks unusual.
+def _advance(cursor: Cursor, starts: array[int], ends: array[int]) -> None:
+    if ends:
+        cursor.pos = ends[-1]
+        starts.extend(ends)
+
+
+def _short_string_ends(data: bytes, pos: int, count: int, size: int) -> array[int]:
+    """Where strings from `pos` on end, as many as are seen in `size` bytes; none when the first looks unusual.
 
     The length of a string of 1 to 255 bytes is one byte and seven zeros, so a byte followed by seven zeros is one,
     provided that the string before it ends there.
     """
-    window = np.frombuffer(data, np.uint8, min(_WINDOW, len(data) - pos), pos)
+    window = np.frombuffer(data, np.uint8, min(size, len(data) - pos), pos)
     filled = np.flatnonzero(window)
     lengths = filled[:-1][np.diff(filled) >= 8]  # positions of bytes that look like a length
     ends = lengths + 8 + window[lengths]

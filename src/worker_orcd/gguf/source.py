@@ -43,7 +43,7 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = _open_regular(path)
+        self._fd = open_regular(path)
         self._opened_as = self._state()
         self.size = self._opened_as[0]
 
@@ -91,16 +91,19 @@ class Source:
         return GgufError(self.path, field, end, problem)
 
 
-def _open_regular(path: Path) -> int:
-    """Open without blocking (a FIFO would wait for its writer) and refuse all but regular files unread."""
+def open_regular(path: Path, role: str = "model file") -> int:
+    """A descriptor of a file opened for reading; `role` is what errors call it.
+
+    Opens without blocking (a FIFO would wait for its writer) and refuses all but regular files unread, by GgufError.
+    """
     try:
         fd = os.open(path, _OPEN_FLAGS)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise GgufError(path, "model file", None, f"cannot be opened: {reason}") from error
+        raise GgufError(path, role, None, f"cannot be opened: {reason}") from error
     kind = stat.S_IFMT(os.fstat(fd).st_mode)
     if kind == stat.S_IFREG:
         return fd
     os.close(fd)
-    problem = f"is {_KINDS.get(kind, 'a special file')}, a model must be a regular file"
-    raise GgufError(path, "model file", None, problem)
+    problem = f"is {_KINDS.get(kind, 'a special file')}, a {role.removesuffix(' file')} must be a regular file"
+    raise GgufError(path, role, None, problem)

@@ -3,7 +3,7 @@
 The merging is done by the `tokenizers` library, which needs some tenths of a second to take over 150,000 tokens and
 merges. Until it has been asked to (`prepare`, or the first text that is much work), texts are merged here, so that
 a command line that tokenizes a page does not wait for it. Both ways give the same ids, and both pass over merges
-that make no token.
+that make no token or are not two texts with one space between them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Final
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
-from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.access import TypedAccess
 from worker_orcd.tokenizer.base import VocabularyTokenizer
 from worker_orcd.tokenizer.pretokenize import PreTokenizer, pre_tokenizer
@@ -40,7 +39,6 @@ class BpeTokenizer(VocabularyTokenizer):
         self._merges = gguf.require("tokenizer.ggml.merges", "strings").decode_all()  # lines "left right"
 
     def prepare(self) -> None:
-        """Raises ModelLoadFailed when the merges do not fit the vocabulary."""
         _ = self._library  # built when first asked for
 
     def _encode_plain(self, text: str, parse_special: bool) -> list[int]:
@@ -100,11 +98,9 @@ class BpeTokenizer(VocabularyTokenizer):
 
 
 def _pairs(lines: list[str]) -> list[tuple[str, str]]:
-    """One split of the joined lines is twice as fast as one for each."""
-    halves = " ".join(lines).split(" ") if lines else []
-    if len(halves) != 2 * len(lines):
-        bad = next(i for i, line in enumerate(lines) if line.count(" ") != 1)
-        raise ModelLoadFailed(f"tokenizer.ggml.merges[{bad}] is not two tokens with a space between")
+    """The two sides of each merge. One split of the joined lines is twice as fast as one for each."""
+    whole = [line for line in lines if line.count(" ") == 1]
+    halves = " ".join(whole).split(" ") if whole else []
     return list(zip(halves[::2], halves[1::2], strict=True))
 
 

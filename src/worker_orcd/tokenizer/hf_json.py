@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.access import TypedAccess
+from worker_orcd.gguf.source import open_regular
 from worker_orcd.tokenizer.base import TokenizerModel, VocabularyTokenizer
 from worker_orcd.tokenizer.pretokenize import PRE_TOKENIZERS
 from worker_orcd.tokenizer.vocabulary import read_vocabulary
@@ -63,11 +64,13 @@ class HfJsonTokenizer(VocabularyTokenizer):
 
 def _read(path: Path) -> HfTokenizer:
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ModelLoadFailed(f"{path.name} has {size} bytes, the limit is {MAX_JSON_BYTES}")
-        return HfTokenizer.from_buffer(path.read_bytes())
+        with open(open_regular(path, "tokenizer.json"), "rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise ModelLoadFailed(f"{path.name} cannot be read: {error.strerror}") from error
+    if len(content) > MAX_JSON_BYTES:
+        raise ModelLoadFailed(f"{path.name} has more than {MAX_JSON_BYTES} bytes, the limit")
+    try:
+        return HfTokenizer.from_buffer(content)
     except ValueError as error:
         raise ModelLoadFailed(f"{path.name} is not a tokenizer.json: {str(error)[:200]}") from error

@@ -36,6 +36,11 @@ def bytes_of_piece(text: str) -> bytes:
     return text.replace(SPACE, " ").encode()
 
 
+def is_byte_token(text: str) -> bool:
+    """Whether a text is spelled as a byte token is."""
+    return _BYTE_TOKEN.fullmatch(text) is not None
+
+
 def byte_of_token(text: str, token_id: int) -> bytes:
     """The byte that a byte token stands for. Raises ModelLoadFailed when the text is not <0x00> to <0xFF>."""
     match = _BYTE_TOKEN.fullmatch(text)

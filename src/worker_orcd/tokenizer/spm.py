@@ -1,9 +1,11 @@
 """SentencePiece-style BPE from the scores of a GGUF file (`tokenizer.ggml.model` = llama).
 
 The original merges, of all neighbours whose concatenation is a piece, the one with the highest score, the left-most
-first among equals. A rank for each pair says the same to an ordinary BPE: pairs are sorted by the score of the
+first among equals. An ordinary BPE is told the same by a rank for each pair: pairs are sorted by the score of the
 piece they make. Among equal scores the longer left half comes first, so that a run (the pieces of spaces all
-have one score) grows at its left end, as left-most-first has it.
+have one score) grows at its left end, as left-most-first has it. Pairs equal in both follow the ids of what they
+make, wherever they stand in the text; there a vocabulary with such pieces, which published ones do not have, may be
+merged otherwise than by the original.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from worker_orcd.tokenizer.vocabulary import TokenType, Vocabulary, read_vocabul
 
 
 class SpmTokenizer(VocabularyTokenizer):
-    """Merges pieces by score; characters without a piece become one token for each UTF-8 byte."""
+    """Merges pieces by score; a character without a piece becomes its UTF-8 bytes' tokens, else the unknown token."""
 
     model = "spm"
 
@@ -39,7 +41,8 @@ class SpmTokenizer(VocabularyTokenizer):
         if len(scores) != self.vocab_size:
             raise ModelLoadFailed(f"tokenizer.ggml.scores has {len(scores)} entries for {self.vocab_size} tokens")
         self._space_prefix = gguf.get("tokenizer.ggml.add_space_prefix", bool, True)
-        self._tokenizer = _build(vocabulary, scores)
+        unknown_id = gguf.get("tokenizer.ggml.unknown_token_id", int, 0, min=0, max=self.vocab_size - 1)
+        self._tokenizer = _build(vocabulary, scores, unknown_id)
 
     def _encode_plain(self, text: str, parse_special: bool) -> list[int]:
         """The space that begins a word is added before the text, and again after each special token."""
@@ -82,14 +85,18 @@ def _halves(text: str, pieces: dict[str, int]) -> list[tuple[str, str]]:
     return [(text[:cut], text[cut:]) for cut in cuts if text[:cut] in pieces and text[cut:] in pieces]
 
 
-def _build(vocabulary: Vocabulary, scores: NDArray[Any]) -> HfTokenizer:
+def _build(vocabulary: Vocabulary, scores: NDArray[Any], unknown_id: int) -> HfTokenizer:
     tokens = vocabulary.tokens
     order = np.argsort(-scores, kind="stable")
     normal = [int(i) for i in order[vocabulary.types[order] == TokenType.NORMAL]]
     pieces = {tokens[i]: i for i in normal if i not in vocabulary.control}
     fallback = {tokens[i]: i for i in vocabulary.of_type(TokenType.BYTE)}
     merges = list(_merges(pieces, scores))
-    tokenizer = HfTokenizer(models.BPE(pieces | fallback, merges, byte_fallback=len(fallback) == 256))
+    unknown = tokens[unknown_id]
+    known = {unknown: unknown_id} | pieces | fallback
+    # All bytes or none: with only some, the library puts unknown tokens after bytes that follow them in the text.
+    has_bytes = len(fallback) == 256
+    tokenizer = HfTokenizer(models.BPE(known, merges, unk_token=unknown, byte_fallback=has_bytes))
     if not any(SPACE in text.lstrip(SPACE) for text in pieces):
         # No piece crosses into a following space, so words can be merged, and cached, on their own.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")

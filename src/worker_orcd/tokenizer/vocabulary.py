@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.access import TypedAccess
+from worker_orcd.gguf.metadata import StringArray
+from worker_orcd.tokenizer.spelling import is_byte_token
 
 # fmt: off
 # Texts by which models mark the end of an answer.
@@ -68,9 +70,12 @@ class Vocabulary:
 
 def read_vocabulary(gguf: TypedAccess, add_bos: bool) -> Vocabulary:
     """Read the vocabulary; `add_bos` holds where the file does not say. Raises ModelLoadFailed."""
-    tokens = gguf.require("tokenizer.ggml.tokens", "strings").decode_all()
-    ids = _ids_by_text(tokens)
-    types = gguf.get("tokenizer.ggml.token_type", "ints", np.full(len(tokens), TokenType.NORMAL), min=0, max=6)
+    stored = gguf.require("tokenizer.ggml.tokens", "strings")
+    tokens = stored.decode_all()
+    ids = _ids_by_text(tokens, stored)
+    types = gguf.get("tokenizer.ggml.token_type", "ints", None, min=0, max=6)
+    if types is None:
+        types = _guessed_types(gguf, tokens)
     if len(types) != len(tokens):
         raise ModelLoadFailed(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     eog_ids = frozenset(_end_ids(gguf, ids, types))
@@ -93,8 +98,17 @@ def read_vocabulary(gguf: TypedAccess, add_bos: bool) -> Vocabulary:
     )
 
 
-def _ids_by_text(tokens: list[str]) -> dict[str, int]:
-    """Fills `tokens` in place where a text is empty, so that every id has a text of its own."""
+def _guessed_types(gguf: TypedAccess, tokens: list[str]) -> NDArray[Any]:
+    """All normal; except that byte tokens of a SentencePiece vocabulary tell themselves by their text."""
+    has_bytes = gguf.get("tokenizer.ggml.model", str, "") == "llama"
+    return np.array([TokenType.BYTE if has_bytes and is_byte_token(text) else TokenType.NORMAL for text in tokens])
+
+
+def _ids_by_text(tokens: list[str], stored: StringArray) -> dict[str, int]:
+    """Fills `tokens` in place where a text is empty, so that every id has a text of its own.
+
+    Only tokens of invalid UTF-8, `stored` as different bytes, may share one (by their U+FFFD).
+    """
     if not tokens:
         raise ModelLoadFailed("tokenizer.ggml.tokens is empty; the file has no vocabulary to build a tokenizer from")
     ids = dict(zip(tokens, range(len(tokens)), strict=True))
@@ -102,8 +116,21 @@ def _ids_by_text(tokens: list[str]) -> dict[str, int]:
         tokens[:] = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
         ids = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(ids) != len(tokens):
-        first = next(i for i, text in enumerate(tokens) if ids[text] != i)
-        raise ModelLoadFailed(f"tokenizer.ggml.tokens: ids {first} and {ids[tokens[first]]} have the same text")
+        return _ids_of_shared_texts(tokens, stored)
+    return ids
+
+
+def _ids_of_shared_texts(tokens: list[str], stored: StringArray) -> dict[str, int]:
+    """A shared text is the token stored as just that text, else the first of them."""
+    ids: dict[str, int] = {}
+    for i, text in enumerate(tokens):
+        other = ids.setdefault(text, i)
+        if other == i:
+            continue
+        if stored.raw(i) == stored.raw(other):
+            raise ModelLoadFailed(f"tokenizer.ggml.tokens: ids {other} and {i} have the same text")
+        if stored.raw(i) == text.encode():
+            ids[text] = i
     return ids
 
 
@@ -118,7 +145,7 @@ def _end_ids(gguf: TypedAccess, ids: dict[str, int], types: NDArray[Any]) -> Ite
     vocabularies have learned tags of HTML like </s> as ordinary tokens, hence `<|` where the type is normal.
     """
     for name in _END_KEYS:
-        token_id = _special_id(gguf, name, len(ids))
+        token_id = _special_id(gguf, name, len(types))
         if token_id is not None:
             yield token_id
     known = (END_TEXTS | BOUNDARY_TEXTS) & ids.keys()
