@@ -92,7 +92,7 @@ def _load_engine(
 def write_logits(config: WorkerConfig, ids_text: str, out: Path) -> None:
     """Write float32 [tokens, vocab] for the ids in `ids_text` ("1,2,3") as .npy. Raises InvalidRequest."""
     ids = _parse_ids(ids_text, draw_up(config))
-    blueprint = draw_up(replace(config, context_length=max(2, len(ids))))  # no cache beyond what is asked
+    blueprint = draw_up(replace(config, context_length=len(ids)))  # no cache beyond what is asked
     runtime = load_runtime(config, blueprint, lambda *_: None)
     values = score(runtime, ids, assemble.PREFILL_CHUNK).numpy()
     try:

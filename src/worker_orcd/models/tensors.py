@@ -63,7 +63,7 @@ def _layer_table(spec: ModelSpec, prefix: str, present: Collection[str]) -> tupl
 
 
 def check_tensors(gguf: GgufFile, table: dict[str, Shape]) -> None:
-    """Raises ModelLoadFailed listing what is missing, unexpected, or misshapen."""
+    """Raises ModelLoadFailed listing what is missing, unexpected, misshapen or of a type that cannot be run."""
     found = gguf.tensors
     problems = [
         _listed("missing tensors", [name for name in table if name not in found]),
