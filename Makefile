@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help .venv haiku test check format test-gpu bench clean
+.PHONY: help .venv haiku test soak check format test-gpu bench clean
 
 help:                        ## list the targets
 	@grep -E '^[.a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -20,6 +20,9 @@ haiku: .venv                 ## start a worker on the embedded model and stream 
 
 test: .venv                  ## the whole suite; needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
+
+soak: .venv                  ## the simulation at length: allocator, scheduler, faults
+	$(BIN)/python -m tests.sim.soak
 
 check: .venv                 ## lint, types, layers
 	$(BIN)/ruff check .

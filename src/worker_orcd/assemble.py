@@ -1,8 +1,12 @@
-"""File + config → a worker that can serve: the only module that names concrete classes."""
+"""File + config → a worker that can serve: the only module that names concrete classes.
+
+What the API process needs (`draw_up`, `load_texts`) imports no torch; the rest runs in the engine's process.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,18 +17,28 @@ from worker_orcd.errors import ModelLoadFailed, StartFailed
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.models.spec import ModelSpec, read_spec
 from worker_orcd.models.tensors import check_tensors, tensor_table
-from worker_orcd.vram.plan import Dims, Plan, kv_bytes_per_token, plan_reference
+from worker_orcd.vram.plan import (
+    CacheSize,
+    Dims,
+    Plan,
+    kv_bytes_per_token,
+    plan_reference,
+    size_contiguous,
+    size_paged,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import; `plan` and `inspect` come through here and must not wait
     import torch
 
-    from worker_orcd.engine.engine import SerialEngine
+    from worker_orcd.engine.core import EngineCore
+    from worker_orcd.engine.loop import EngineFacts
     from worker_orcd.engine.runtime import Runtime
+    from worker_orcd.kv.allocator import KVCacheAllocator
     from worker_orcd.models.weights import OnProgress
     from worker_orcd.tokenizer.base import Tokenizer
     from worker_orcd.tokenizer.chat import ChatTemplate
 
-PREFILL_CHUNK = 128  # prompt tokens a step: bounds workspace, and how long a cancel can go unseen
+STEP_TOKENS = {"cpu": 64, "cuda": 512}  # by default: bounds workspace, and how long a cancel can go unseen
 
 
 def embedded_model() -> Path:
@@ -38,8 +52,14 @@ class Blueprint:
 
     gguf: GgufFile
     spec: ModelSpec
-    context_length: int
+    cache: CacheSize
+    max_step_tokens: int
     plan: Plan
+
+    @property
+    def context_length(self) -> int:
+        """Tokens one sequence may hold."""
+        return self.cache.context_length
 
 
 def draw_up(config: WorkerConfig) -> Blueprint:
@@ -47,25 +67,34 @@ def draw_up(config: WorkerConfig) -> Blueprint:
     gguf = GgufFile.open(config.model or embedded_model())
     spec = read_spec(gguf)
     check_tensors(gguf, tensor_table(spec, gguf.tensors))
-    context = _context_length(config, spec)
-    return Blueprint(gguf, spec, context, plan_reference(gguf.tensors, _dims(spec, context), config.device == "cuda"))
+    cache = _cache_size(config, spec)
+    max_step_tokens = config.max_tokens_per_step or max(STEP_TOKENS[config.device], config.max_batch)
+    dims = _dims(spec, cache, config.max_batch, max_step_tokens)
+    return Blueprint(gguf, spec, cache, max_step_tokens, plan_reference(gguf.tensors, dims, config.device == "cuda"))
 
 
-def _context_length(config: WorkerConfig, spec: ModelSpec) -> int:
-    """The model's own, lowered by --context-length and by what --kv-cache-size-mb can hold."""
+def _cache_size(config: WorkerConfig, spec: ModelSpec) -> CacheSize:
+    """The model's own context, lowered by --context-length and by what --kv-cache-size-mb can hold."""
     if config.context_length is not None and config.context_length > spec.context_length:
         raise StartFailed(
             f"context_length is {config.context_length}; {spec.architecture} model allows {spec.context_length}"
         )
+    per_token = kv_bytes_per_token(spec.num_layers, spec.kv_width)
     context = config.context_length or spec.context_length
-    if config.kv_cache_size_mb is not None:
-        context = min(context, config.kv_cache_size_mb * MIB // kv_bytes_per_token(_dims(spec, context)))
-        if context < 1:
-            raise StartFailed(f"kv_cache_size_mb is {config.kv_cache_size_mb}; that is less than one token takes")
-    return context
+    limit = None if config.kv_cache_size_mb is None else config.kv_cache_size_mb * MIB
+    if config.kv_layout == "paged":
+        cache = size_paged(per_token, context, config.max_batch, limit, config.kv_block_size)
+    else:
+        cache = size_contiguous(per_token, context, config.max_batch, limit)
+    if cache.context_length < 2:
+        raise StartFailed(
+            f"kv_cache_size_mb is {config.kv_cache_size_mb}; a token takes {per_token} bytes, and the smallest cache "
+            f"has a block of {config.kv_block_size}"
+        )
+    return cache
 
 
-def _dims(spec: ModelSpec, context_length: int) -> Dims:
+def _dims(spec: ModelSpec, cache: CacheSize, max_batch: int, max_step_tokens: int) -> Dims:
     return Dims(
         num_layers=spec.num_layers,
         hidden=spec.hidden,
@@ -74,8 +103,10 @@ def _dims(spec: ModelSpec, context_length: int) -> Dims:
         kv_width=spec.kv_width,
         rope_dim=spec.rope_dim,
         vocab_size=spec.vocab_size,
-        context_length=context_length,
-        prefill_chunk=PREFILL_CHUNK,
+        context_length=cache.context_length,
+        cache_tokens=cache.num_tokens,
+        max_batch=max_batch,
+        max_step_tokens=max_step_tokens,
     )
 
 
@@ -137,21 +168,32 @@ def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProg
 
     from worker_orcd.backends.torch_ref import TorchBackend
     from worker_orcd.engine.runtime import Runtime
-    from worker_orcd.kv.allocator import ContiguousAllocator
-    from worker_orcd.kv.pool import KVShape, allocate_pool
+    from worker_orcd.kv.pool import KVShape, allocate_pool, eraser
     from worker_orcd.models.llama import LlamaInferenceAdapter
     from worker_orcd.models.weights import load_weights
 
     device = select_device(config)
     if device.type == "cpu":  # leave a core to HTTP: threads that share theirs wait whole time slices for each other
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
-    gguf, spec, context = blueprint.gguf, blueprint.spec, blueprint.context_length
+    gguf, spec, cache = blueprint.gguf, blueprint.spec, blueprint.cache
     blueprint.plan.require(_free_bytes(device), str(device), str(gguf.path))
     backend = TorchBackend(device)
     weights = load_weights(gguf, tensor_table(spec, gguf.tensors), backend, config.load_chunk_bytes, on_progress)
-    adapter = LlamaInferenceAdapter(spec, weights, backend, context)
-    kv = allocate_pool(KVShape(spec.num_layers, 1, context, spec.num_kv_heads, spec.head_dim, torch.float32), device)
-    return Runtime(adapter, kv, ContiguousAllocator(num_sequences=1, max_tokens=context), device)
+    adapter = LlamaInferenceAdapter(spec, weights, backend, cache.context_length)
+    shape = KVShape(
+        spec.num_layers, cache.num_blocks, cache.block_size, spec.num_kv_heads, spec.head_dim, torch.float32
+    )
+    kv = allocate_pool(shape, device)
+    return Runtime(adapter, kv, _allocator(config, cache, eraser(kv)), device)
+
+
+def _allocator(config: WorkerConfig, cache: CacheSize, erase: Callable[[list[int]], None]) -> KVCacheAllocator:
+    from worker_orcd.kv.allocator import ContiguousAllocator
+    from worker_orcd.kv.paged import PagedAllocator
+
+    if config.kv_layout == "contiguous":
+        return ContiguousAllocator(cache.num_blocks, cache.block_size, erase)
+    return PagedAllocator(cache.num_blocks, cache.block_size, erase, share=config.prefix_cache)
 
 
 def _model_name(gguf: GgufFile) -> str:
@@ -159,34 +201,36 @@ def _model_name(gguf: GgufFile) -> str:
     return name if isinstance(name, str) and name else gguf.path.stem
 
 
-def build_engine(config: WorkerConfig, blueprint: Blueprint, runtime: Runtime, tokenizer: Tokenizer) -> SerialEngine:
-    """Start the engine thread on a loaded model."""
+def build_core(
+    config: WorkerConfig, blueprint: Blueprint, runtime: Runtime, eog_ids: frozenset[int], unsampleable: list[int]
+) -> tuple[EngineCore, EngineFacts]:
+    """The engine on a loaded model, tried out with its largest step. Ids past the tokenizer's own never win."""
     import torch
 
-    from worker_orcd.engine.engine import EngineLimits, SerialEngine
-    from worker_orcd.engine.metrics import NoOpMetrics
+    from worker_orcd.engine.core import EngineCore
+    from worker_orcd.engine.loop import EngineFacts, warm_up
+    from worker_orcd.engine.plain_step import PlainStep
     from worker_orcd.engine.request import ModelInfo
     from worker_orcd.engine.sampler import Sampler
-    from worker_orcd.engine.step import PlainStep
+    from worker_orcd.engine.scheduler import SchedulerLimits
 
-    gguf, spec, device = blueprint.gguf, blueprint.spec, runtime.device
-    padding = range(tokenizer.vocab_size, spec.vocab_size)
+    gguf, spec, cache, device = blueprint.gguf, blueprint.spec, blueprint.cache, runtime.device
     info = ModelInfo(
         name=_model_name(gguf),
         path=str(gguf.path),
         architecture=spec.architecture,
         quant_kind=gguf.quant_kind,
-        context_length=blueprint.context_length,
+        context_length=cache.context_length,
         vocab_size=spec.vocab_size,
         device=str(device),
         backend="torch-reference",
     )
-    vram_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    return SerialEngine(
-        info,
-        PlainStep(runtime, Sampler([*tokenizer.unsampleable, *padding])),
-        runtime.allocator,
-        tokenizer.eog_ids,
-        NoOpMetrics(),
-        EngineLimits(config.max_queue, PREFILL_CHUNK, vram_bytes),
+    limits = SchedulerLimits(
+        config.max_batch, blueprint.max_step_tokens, cache.context_length, config.scheduling_policy
     )
+    step = PlainStep(runtime, Sampler(unsampleable, device))
+    core = EngineCore(step, limits, eog_ids, {"model": str(gguf.path), "cache": "float32"})
+    slowest_s = warm_up(core, limits.max_step_tokens, cache.context_length)
+    vram_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    facts = EngineFacts(info, cache.num_blocks, cache.block_size, config.max_batch, vram_bytes, slowest_s)
+    return core, facts

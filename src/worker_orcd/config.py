@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from worker_orcd.errors import StartFailed
 
 KIB, MIB = 1024, 1024 * 1024
+ATTENTION_SPLIT = 256  # positions; attention cuts the context at its multiples, and blocks must not cross a cut
 WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -43,10 +44,28 @@ class WorkerConfig:
     ] = None
     max_tokens_in: Annotated[int | None, _help("Longest prompt in tokens; the context when left out.")] = None
     max_tokens_out: Annotated[int, _help("Largest max_tokens a request may ask for.")] = 2048
-    kv_cache_size_mb: Annotated[int | None, _help("Cap on the KV cache in MiB; one full context when left out.")] = (
-        None
-    )
-    max_queue: Annotated[int, _help("Requests that may wait; the next one gets 429 with Retry-After.")] = 16
+    max_batch: Annotated[int, _help("Requests computed together in one step.")] = 64
+    max_tokens_per_step: Annotated[
+        int | None,
+        _help("Tokens computed in one step, prompts and answers together; chosen for the device when left out."),
+    ] = None
+    max_queue: Annotated[int, _help("Requests that may wait; the next one gets 429 with Retry-After.")] = 128
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority", "shortest-prompt-first"],
+        _help("Who leaves the queue first; within a policy the older request."),
+    ] = "fcfs"
+    kv_cache_size_mb: Annotated[
+        int | None,
+        _help(
+            "Size of the KV cache in MiB; when left out every place of the batch gets a full context, up to 256 MiB."
+        ),
+    ] = None
+    kv_layout: Annotated[
+        Literal["paged", "contiguous"],
+        _help("paged shares the cache in blocks; contiguous gives each request a full context, and no prefix cache."),
+    ] = "paged"
+    kv_block_size: Annotated[int, _help("Tokens in a block of the paged cache: a divisor of 256.")] = 32
+    prefix_cache: Annotated[bool, _help("Keep the blocks of ended requests for others that begin alike.")] = True
     inference_timeout_sec: Annotated[
         float, _help("Seconds from arrival after which a request ends with INFERENCE_TIMEOUT.")
     ] = 300.0
@@ -63,6 +82,11 @@ class WorkerConfig:
         _in_range("gpu_device", self.gpu_device, 0, 1023)
         _in_range("max_tokens_out", self.max_tokens_out, 1, 2**20)
         _in_range("max_queue", self.max_queue, 0, 2**16)
+        _in_range("max_batch", self.max_batch, 1, 1024)
+        if self.max_tokens_per_step is not None:
+            _in_range("max_tokens_per_step", self.max_tokens_per_step, self.max_batch, 2**20)
+        if self.kv_block_size < 1 or ATTENTION_SPLIT % self.kv_block_size:
+            raise StartFailed(f"kv_block_size is {self.kv_block_size}; it must be a divisor of {ATTENTION_SPLIT}")
         _in_range("load_chunk_bytes", self.load_chunk_bytes, KIB, 2048 * MIB)
         for name in ("context_length", "max_tokens_in", "kv_cache_size_mb"):
             if (value := getattr(self, name)) is not None:

@@ -132,3 +132,9 @@ class NumericFault(WorkerError):
 
 class Internal(WorkerError):
     """A bug of ours, reported without its internals."""
+
+
+def error_of(code: str, message: str, details: dict[str, Any]) -> WorkerError:
+    """The error that another process meant by `code`."""
+    kinds = {kind.code: kind for kind in (StartFailed, ModelLoadFailed, InsufficientVram, VramOom, CudaError)}
+    return kinds.get(code, Internal)(message, **details)

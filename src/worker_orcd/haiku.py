@@ -135,8 +135,11 @@ def _worker(config: WorkerConfig) -> Iterator[subprocess.Popen[bytes]]:
     """A worker process with exactly this configuration, ready; killed on the way out if it still runs."""
     command = [sys.executable, "-P", "-m", "worker_orcd", "serve"]  # -P: nothing is imported from where we stand
     for name, value in asdict(config).items():
-        if value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value.resolve() if isinstance(value, Path) else value)]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            command += [f"--{flag}", str(value.resolve() if isinstance(value, Path) else value)]
     worker = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         _wait_until_ready(config, worker)

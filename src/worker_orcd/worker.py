@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from worker_orcd import __version__, assemble
-from worker_orcd.assemble import Blueprint, draw_up, load_runtime, load_texts
+from worker_orcd.assemble import Blueprint, Texts, draw_up, load_runtime, load_texts
 from worker_orcd.config import WorkerConfig
-from worker_orcd.engine.engine import SerialEngine
-from worker_orcd.engine.score import score
+from worker_orcd.engine.client import EngineClient
+from worker_orcd.engine.loop import EngineFacts
+from worker_orcd.engine.metrics import PrometheusMetrics
+from worker_orcd.engine.process import ProcessLink
+from worker_orcd.engine_process import Setup
 from worker_orcd.errors import FieldError, InvalidRequest, WorkerError
 from worker_orcd.narration import BackgroundSink, Narrator
 from worker_orcd.server.app import create_app
@@ -42,12 +45,17 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         host=config.host,
         port=config.port,
     )
+    link: ProcessLink | None = None
     try:
         listener = bind(config.host, config.port)
         blueprint = draw_up(config)
+        link = ProcessLink("worker_orcd.engine_process")
         texts = load_texts(config, blueprint)
-        engine = _load_engine(config, blueprint, texts, narrator)
-        app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator)
+        blueprint.gguf.close()
+        facts = _load_model(config, blueprint, texts, link, narrator)
+        metrics = PrometheusMetrics(config.worker_id, facts.info.quant_kind, facts.num_blocks, facts.vram_bytes)
+        engine = EngineClient(link, facts, config.max_queue, metrics)
+        app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator, metrics)
         return serve(app, listener, engine, narrator)
     except Stopped:
         narrator.narrate("shutdown", "stopped before serving", action="stop", reason="signal", exit_code=0)
@@ -55,11 +63,14 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
     except WorkerError as error:
         narrator.narrate("error", error.message[:100], level="fatal", action="start", code=error.code)
         raise
+    finally:
+        if link is not None:
+            link.close(is_orderly=False)
 
 
-def _load_engine(
-    config: WorkerConfig, blueprint: Blueprint, texts: assemble.Texts, narrator: Narrator
-) -> SerialEngine:
+def _load_model(
+    config: WorkerConfig, blueprint: Blueprint, texts: Texts, link: ProcessLink, narrator: Narrator
+) -> EngineFacts:
     """The one long part of starting, told as it goes."""
     began = time.monotonic()
     total = sum(info.nbytes for info in blueprint.gguf.tensors.values())
@@ -75,26 +86,29 @@ def _load_engine(
             bytes_total=total,
         )
 
-    runtime = load_runtime(config, blueprint, tell)
-    engine = assemble.build_engine(config, blueprint, runtime, texts.tokenizer)
-    blueprint.gguf.close()
+    padding = range(texts.tokenizer.vocab_size, blueprint.spec.vocab_size)
+    setup = Setup(config, sorted(texts.tokenizer.eog_ids), [*texts.tokenizer.unsampleable, *padding])
+    link.configure(setup.encode())
+    facts = link.wait_until_ready(tell)
     narrator.narrate(
         "model_load_complete",
         f"loaded {total} bytes",
         action="load",
         bytes_total=total,
-        vram_bytes=engine.status().vram_bytes_used,
+        vram_bytes=facts.vram_bytes,
         load_ms=round((time.monotonic() - began) * 1e3),
     )
-    return engine
+    return facts
 
 
 def write_logits(config: WorkerConfig, ids_text: str, out: Path) -> None:
     """Write float32 [tokens, vocab] for the ids in `ids_text` ("1,2,3") as .npy. Raises InvalidRequest."""
+    from worker_orcd.engine.score import score  # imports torch, which `serve` leaves to the engine's process
+
     ids = _parse_ids(ids_text, draw_up(config))
-    blueprint = draw_up(replace(config, context_length=len(ids)))  # no cache beyond what is asked
+    blueprint = draw_up(replace(config, context_length=max(2, len(ids)), max_batch=1))  # no more than what is asked
     runtime = load_runtime(config, blueprint, lambda *_: None)
-    values = score(runtime, ids, assemble.PREFILL_CHUNK).numpy()
+    values = score(runtime, ids, blueprint.max_step_tokens).numpy()
     try:
         with out.open("wb") as file:
             np.save(file, values)

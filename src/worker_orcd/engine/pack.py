@@ -1,7 +1,8 @@
-"""Plan → Batch: lists of integers become the tensors of one step."""
+"""Plan → Batch: the integers of one step, in one buffer, with one copy to the device."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,36 +10,59 @@ from worker_orcd.backends.batch import AttnBatch, Batch
 from worker_orcd.engine.sequence import Plan
 
 
-def pack(plan: Plan, device: torch.device) -> Batch:
-    """Rows in the order of the plan; every sequence's table must already have room for its chunk."""
+def pack(plan: Plan, device: torch.device, last_sampled: Tensor | None = None) -> Batch:
+    """Rows in the order of the plan; every sequence's table must already have room for its chunk.
+
+    A token the host does not know yet is taken on the device from `last_sampled`, the result [R] of the step before.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    starts, lens, sample_rows = [0], [], []
+    starts, lens, sample_rows = [0], list[int](), list[int]()
+    unknown_rows: list[int] = []
+    unknown_sources: list[int] = []
+    block_size, width = 0, 0
     for chunk in plan:
-        seq, table = chunk.sequence, chunk.sequence.table
-        first, last = seq.num_computed, seq.num_computed + chunk.num_tokens
-        assert chunk.num_tokens > 0
-        assert last <= min(len(seq.tokens), table.capacity_tokens)
-        tokens += seq.tokens[first:last]
+        seq, first, last = chunk.sequence, chunk.first, chunk.first + chunk.num_tokens
+        table = seq.table
+        assert table is not None
+        assert last <= min(seq.num_tokens, table.capacity_tokens)
+        blocks, block_size = table.blocks, table.block_size
+        width = max(width, len(blocks))
+        if last > len(seq.tokens):
+            unknown_rows.append(len(tokens) + chunk.num_tokens - 1)
+            unknown_sources.append(seq.sampled_row)
+            tokens += [*seq.tokens[first:], 0]
+        else:
+            tokens += seq.tokens[first:last]
         positions += range(first, last)
-        slots += [table.blocks[p // table.block_size] * table.block_size + p % table.block_size
-                  for p in range(first, last)]  # fmt: skip
+        slots += [blocks[p // block_size] * block_size + p % block_size for p in range(first, last)]
         starts.append(len(tokens))
         lens.append(last)
         if chunk.samples:
             sample_rows.append(len(tokens) - 1)
-    width = max(len(chunk.sequence.table.blocks) for chunk in plan)
-    tables = [chunk.sequence.table.blocks + [0] * (width - len(chunk.sequence.table.blocks)) for chunk in plan]
+    sections = [tokens, positions, slots, starts, lens, sample_rows, unknown_rows, unknown_sources]
+    sizes = [*map(len, sections), len(plan) * width]
+    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    _fill(host.numpy(), sections, plan, width)
+    parts = host.to(device, non_blocking=True).split(sizes)  # type: ignore[no-untyped-call]
+    if unknown_rows:
+        assert last_sampled is not None
+        parts[0][parts[6]] = last_sampled[parts[7]]
+    table_part = parts[8].view(len(plan), width)
+    attn = AttnBatch(parts[1], parts[3], parts[4], table_part, block_size)
+    return Batch(parts[0], parts[2], parts[5], attn)
 
-    def tensor(values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
 
-    attn = AttnBatch(
-        positions=tensor(positions),
-        query_starts=tensor(starts),
-        context_lens=tensor(lens),
-        block_table=tensor(tables),
-        block_size=plan[0].sequence.table.block_size,
-    )
-    return Batch(tensor(tokens), tensor(slots), tensor(sample_rows), attn)
+def _fill(flat: np.ndarray, sections: list[list[int]], plan: Plan, width: int) -> None:
+    """Write the sections one after the other, then the block tables, padded with zeros."""
+    at = 0
+    for section in sections:
+        flat[at : at + len(section)] = section
+        at += len(section)
+    tables = flat[at:].reshape(len(plan), width)
+    for row, chunk in zip(tables, plan, strict=True):
+        assert chunk.sequence.table is not None
+        blocks = np.frombuffer(chunk.sequence.table.blocks, dtype=np.int64)
+        row[: len(blocks)] = blocks
+        row[len(blocks) :] = 0

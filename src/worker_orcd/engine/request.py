@@ -1,9 +1,9 @@
 """What goes into an engine and what comes out: the types both processes share. No torch here.
 
 A `Request` is already tokenized and already within the limits; an engine answers it with `Started`, then
-one `Token` per generated token with index 0, 1, 2 …, then exactly one `Finished` or `Failed`, then nothing.
-Text, stop strings and framing belong to the edge (`server/`), which cancels a request when its text is
-complete.
+`Tokens` whose ids carry the indices 0, 1, 2 … without a gap, then exactly one `Finished` or `Failed`, then
+nothing. Text, stop strings and framing belong to the edge (`server/`), which cancels a request when its text
+is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator
 from typing import Literal, Protocol
 
 import msgspec
+
+from worker_orcd.errors import WorkerError
 
 StopReason = Literal["eos", "max_tokens", "context_length", "stop_sequence"]
 
@@ -35,15 +37,21 @@ class Request(msgspec.Struct, frozen=True):
     max_tokens: int
     sampling: SamplingParams
     timeout_s: float = 300.0  # from arrival, waiting included
+    priority: int = 0  # smaller goes first, under the policy "priority"
+    tenant: str = ""  # who may share its cached prefixes; comes from the credential, never from the body
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
     """The request has left the queue."""
 
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
-class Token(msgspec.Struct, frozen=True, tag=True):
-    id: int
-    index: int  # 0 for the first generated token
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """Generated tokens, all that were ready: one in most steps, several when the reader fell behind."""
+
+    index: int  # of the first one; 0 for the first of the answer
+    ids: list[int]
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -70,7 +78,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     retriable: bool
 
 
-Event = Started | Token | Finished | Failed
+Event = Started | Tokens | Finished | Failed
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -86,14 +94,36 @@ class ModelInfo(msgspec.Struct, frozen=True):
     backend: str
 
 
+class StepStats(msgspec.Struct, frozen=True, array_like=True):
+    """One step, and the state it left; counts of this step unless said otherwise."""
+
+    num_sequences: int
+    num_rows: int  # tokens computed
+    num_sampled: int
+    step_ms: float  # from plan to results
+    num_running: int  # state
+    num_waiting: int  # state
+    blocks_used: int  # state: held by sequences
+    blocks_cached: int  # state: held by the prefix cache alone
+    num_preempted: int
+    num_evicted: int  # cached blocks given up
+    prompt_tokens: int  # of sequences admitted
+    cached_tokens: int  # of those, found in the prefix cache
+
+
 class EngineStatus(msgspec.Struct, frozen=True):
     """A snapshot that costs nothing to take: no device call, no lock."""
 
-    healthy: bool
+    healthy: bool  # False after VRAM_OOM or INTERNAL until a request succeeds, and once the engine has failed
+    ready: bool  # work moves forward and the cache adds up; False is a reason to send traffic elsewhere
+    reason: str  # why not ready; empty when ready
     resident: bool
     vram_bytes_used: int
     num_running: int
     num_waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
     retry_after_s: int  # when a newcomer refused now should try again, from the backlog
 
 
@@ -105,10 +135,14 @@ class InferenceEngine(Protocol):
     def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """Queue `request` and yield its events.
 
-        Raises Overloaded when the queue is full, ShuttingDown when closing, JobConflict when `request.id` is
-        still running. Closing the iterator early cancels the request: everything it holds is freed within
-        one step.
+        Raises Overloaded when the queue is full, ShuttingDown when closing or failed, JobConflict when
+        `request.id` is still running. Closing the iterator early cancels the request: everything it holds is
+        freed within one step.
         """
+        ...
+
+    def check_room(self) -> None:
+        """Raise Overloaded or ShuttingDown if a request sent now would be refused: saves preparing it."""
         ...
 
     def cancel(self, request_id: str) -> bool:
@@ -116,6 +150,10 @@ class InferenceEngine(Protocol):
         ...
 
     def status(self) -> EngineStatus: ...
+
+    async def watch(self) -> WorkerError:
+        """Return the reason when the engine has failed for good; every stream has had its error by then."""
+        ...
 
     def close(self) -> None:
         """Stop at the next step and free everything; what still runs ends with Failed. Idempotent."""

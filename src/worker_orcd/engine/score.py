@@ -11,18 +11,20 @@ from worker_orcd.engine.pack import pack
 from worker_orcd.engine.request import Request, SamplingParams
 from worker_orcd.engine.runtime import Runtime
 from worker_orcd.engine.sequence import Chunk, Sequence
+from worker_orcd.kv.prefix import PrefixChain
 
 
 @torch.inference_mode()
 def score(runtime: Runtime, ids: list[int], chunk: int) -> Tensor:
     """Row p is what follows ids[: p + 1]: float32 [len(ids), V] on the CPU, computed `chunk` tokens a step."""
     request = Request("score", ids, max_tokens=1, sampling=SamplingParams(seed=0))
-    seq = Sequence.of(request, runtime.allocator.new_table())
+    seq = Sequence.of(request, 0, PrefixChain(b"", runtime.allocator.block_size))
+    seq.table = runtime.allocator.new_table()
     rows: list[Tensor] = []
     runtime.allocator.grow(seq.table, len(ids))
     try:
         while seq.num_pending:
-            step = Chunk(seq, min(chunk, seq.num_pending))
+            step = Chunk.of(seq, min(chunk, seq.num_pending))
             batch = pack([step], runtime.device)
             every_row = torch.arange(step.num_tokens, device=runtime.device)
             rows.append(runtime.adapter.forward(replace(batch, sample_rows=every_row), runtime.kv).cpu())

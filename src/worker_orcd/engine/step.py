@@ -1,59 +1,75 @@
-"""InferenceStep: one turn of the engine. PlainStep samples one token a sequence; a speculative one drops in here."""
+"""InferenceStep: one turn of the engine, and what the scheduler sees of the cache. No torch here.
+
+engine/plain_step.py samples one token a sequence; a speculative step drops in beside it.
+"""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-
-from worker_orcd.engine.pack import pack
-from worker_orcd.engine.runtime import Runtime
-from worker_orcd.engine.sampler import Sampler
 from worker_orcd.engine.sequence import Plan, Sequence
+from worker_orcd.errors import WorkerError
+
+Result = list[int] | WorkerError  # new tokens of one sequence, or what went wrong with it alone
+
+
+class Launched(Protocol):
+    """A step that was started; `plan` is what it computes."""
+
+    plan: Plan
+
+    def wait(self) -> list[Result]:
+        """Block until it is done; per chunk [] mid-prompt, [t], several accepted drafts, or an error."""
+        ...
 
 
 class InferenceStep(Protocol):
-    def start(self, seq: Sequence) -> None:
-        """Claim cache for the sequence; CacheFull leaves all as it was."""
+    """Owns the cache: the scheduler sees it through these methods only."""
+
+    overlaps: bool  # launching returns before the device is done, and the next plan may be launched meanwhile
+    max_new_tokens: int  # tokens one decoding step can add to a sequence
+    block_size: int  # tokens a block of the cache holds
+    num_blocks: int
+
+    def available(self) -> int:
+        """Blocks that can be had."""
         ...
 
-    def next_token(self, plan: Plan) -> list[list[int]]:
-        """Compute the plan; per chunk the new tokens: [] mid-prompt, [t], or several accepted drafts."""
+    def start(self, seq: Sequence, spare: int) -> None:
+        """Claim cache for all its tokens, prefix hits first, and set `num_computed` and `num_cached`.
+
+        Raises CacheFull, and leaves all as it was, when fewer than `spare` blocks would be left.
+        """
+        ...
+
+    def grow(self, seq: Sequence, tokens: int, spare: int) -> None:
+        """Make room for `tokens` tokens in all; CacheFull as above."""
+        ...
+
+    def launch(self, plan: Plan) -> Launched:
+        """Start computing the plan. An exception means that nothing of it counts."""
+        ...
+
+    def confirm(self, seq: Sequence, num_tokens: int) -> None:
+        """The first `num_tokens` tokens are known, computed, and led to finite logits: they may be shared."""
+        ...
+
+    def distrust(self, seq: Sequence) -> None:
+        """What the sequence has in the cache is not to be shared, and erased when it is freed."""
         ...
 
     def free(self, seq: Sequence) -> None:
         """Give everything back; at any moment after start, once."""
         ...
 
+    def drop_cache(self) -> None:
+        """Forget all prefixes that no running sequence holds."""
+        ...
 
-class PlainStep:
-    """One forward pass and one sample. Nothing here logs, measures or talks to anyone."""
+    def usage(self) -> tuple[int, int, int]:
+        """Blocks held by sequences, blocks held by the prefix cache alone, blocks given up by it so far."""
+        ...
 
-    def __init__(self, runtime: Runtime, sampler: Sampler) -> None:
-        self._runtime, self._sampler = runtime, sampler
-
-    def start(self, seq: Sequence) -> None:
-        self._runtime.allocator.grow(seq.table, len(seq.tokens))
-
-    @torch.inference_mode()
-    def next_token(self, plan: Plan) -> list[list[int]]:
-        """Raises NumericFault naming no text; CacheFull before anything was computed."""
-        for chunk in plan:
-            self._runtime.allocator.grow(chunk.sequence.table, chunk.sequence.num_computed + chunk.num_tokens)
-        logits = iter(self._runtime.adapter.forward(pack(plan, self._runtime.device), self._runtime.kv))
-        tokens: list[list[int]] = []
-        for chunk in plan:
-            seq = chunk.sequence
-            samples = chunk.samples
-            seq.num_computed += chunk.num_tokens
-            if samples:
-                params, position = seq.request.sampling, len(seq.tokens)
-                token = self._sampler.sample(next(logits), params, seq.generated, position)
-                seq.tokens.append(token)
-                tokens.append([token])
-            else:
-                tokens.append([])
-        return tokens
-
-    def free(self, seq: Sequence) -> None:
-        self._runtime.allocator.release(seq.table)
+    def check(self) -> None:
+        """Assert that the cache adds up."""
+        ...

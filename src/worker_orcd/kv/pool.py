@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,3 +43,14 @@ def allocate_pool(shape: KVShape, device: torch.device) -> list[LayerKV]:
         raise InsufficientVram(
             f"the KV cache needs {shape.nbytes} bytes on {device}; lower --context-length or --kv-cache-size-mb"
         ) from error
+
+
+def eraser(pool: list[LayerKV]) -> Callable[[list[int]], None]:
+    """A function that zeroes blocks of `pool`, in the order of the device's stream."""
+
+    def erase(blocks: list[int]) -> None:
+        for layer in pool:
+            layer.k[blocks] = 0
+            layer.v[blocks] = 0
+
+    return erase

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker_orcd.config import WorkerConfig
+from worker_orcd.engine.metrics import MetricsPage
 from worker_orcd.engine.request import InferenceEngine
 from worker_orcd.errors import Internal, InvalidRequest, Overloaded, WorkerError
 from worker_orcd.narration import Narrator
@@ -28,6 +29,8 @@ from worker_orcd.server.schemas import error_body
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
 
+RETRY_ELSEWHERE_S = "1"  # another worker can take it at once
+
 
 def create_app(
     engine: InferenceEngine,
@@ -35,18 +38,21 @@ def create_app(
     chat_template: ChatTemplate | None,
     config: WorkerConfig,
     narrator: Narrator,
+    metrics: MetricsPage,
 ) -> Starlette:
     """The application over `engine`; its `Control` is `app.state.control`."""
     control = Control(config.shutdown_timeout_sec)
-    routes = ControlRoutes(control, engine, tokenizer, config)
+    routes = ControlRoutes(control, engine, tokenizer, config, metrics)
     preparer = Preparer(engine, tokenizer, chat_template, config)
-    execute = Execute(engine, tokenizer, preparer, control, narrator)
-    errors = Errors(narrator)
+    execute = Execute(engine, tokenizer, preparer, control, narrator, metrics)
+    errors = Errors(narrator, metrics)
     app = Starlette(
         routes=[
             Route("/execute", execute, methods=["POST"], name="execute"),
             Route("/v2/execute", execute, methods=["POST"], name="execute_v2"),
             Route("/health", routes.health, methods=["GET"]),
+            Route("/ready", routes.ready, methods=["GET"]),
+            Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/cancel", routes.cancel, methods=["POST"]),
             Route("/shutdown", routes.shutdown, methods=["POST"]),
         ],
@@ -59,15 +65,17 @@ def create_app(
 
 
 class Errors:
-    """Answers failed exchanges with the error body, and narrates them."""
+    """Answers failed exchanges with the error body, counts and narrates them."""
 
-    def __init__(self, narrator: Narrator) -> None:
+    def __init__(self, narrator: Narrator, metrics: MetricsPage) -> None:
         self._narrator = narrator
+        self._metrics = metrics
 
     async def answer(self, connection: HTTPConnection, failure: Exception) -> Response:
         """The response to `failure`, whatever it is; never shows more of it than its own message."""
         exchange: Exchange = connection.scope["state"]["exchange"]
         error, status, headers = _classify(failure)
+        self._metrics.record_refusal(error.code)
         self._narrate(exchange, error, status, failure)
         body = error_body(error, exchange.correlation_id)
         return Response(body, status, headers, media_type="application/json")
@@ -109,7 +117,8 @@ def _classify(failure: Exception) -> tuple[WorkerError, int, dict[str, str]]:
     if isinstance(failure, Overloaded):
         return failure, failure.http_status, {"retry-after": str(failure.retry_after_s)}
     if isinstance(failure, WorkerError):
-        return failure, failure.http_status, {}
+        is_elsewhere = failure.retriable and failure.http_status == 503
+        return failure, failure.http_status, {"retry-after": RETRY_ELSEWHERE_S} if is_elsewhere else {}
     return Internal("the worker failed while serving this request"), 500, {}
 
 

@@ -8,11 +8,13 @@ beyond which the oldest without a request in progress gives way to the newcomer.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from http import HTTPStatus
+from typing import Any
 
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.server.schemas import MAX_BODY_BYTES, error_body
@@ -66,6 +68,8 @@ class Connection(HttpToolsProtocol):
         self._cancel_head_timer()
         self._num_wire_bytes = 0
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _forgo_chunks(self.cycle)
 
     def send_400_response(self, msg: str) -> None:
         """Called when the parser, or a check above, refuses what was sent."""
@@ -89,7 +93,7 @@ class Connection(HttpToolsProtocol):
     def _expect_head(self) -> None:
         self._cancel_head_timer()
         self._num_wire_bytes = 0
-        self._idle_since_s = self.loop.time()
+        self._idle_since_s = time.monotonic()  # the loop's clock stands still while it accepts many
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, 408, "the request head came too slowly")
 
     def _check_head(self) -> None:
@@ -139,3 +143,17 @@ class Connection(HttpToolsProtocol):
         self._cancel_head_timer()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+
+
+def _forgo_chunks(cycle: RequestResponseCycle) -> None:
+    """HTTP/1.0 knows no chunks: a body ends where the connection does."""
+    send = cycle.send
+
+    async def send_plainly(message: Any) -> None:
+        while cycle.flow.write_paused and not cycle.disconnected:  # so that `send` does not wait, and let others in
+            await cycle.flow.drain()
+        cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.chunked_encoding = False
+    cycle.send = send_plainly  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Lifecycle: the jobs in flight, cancelling, draining, and the routes `/health`, `/cancel` and `/shutdown`."""
+"""Lifecycle: the jobs in flight, cancelling, draining, and the control routes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from worker_orcd.config import WorkerConfig
-from worker_orcd.engine.request import InferenceEngine
+from worker_orcd.engine.metrics import CONTENT_TYPE, MetricsPage
+from worker_orcd.engine.request import EngineStatus, InferenceEngine
 from worker_orcd.errors import Cancelled, InvalidRequest, JobConflict, ShuttingDown, WorkerError
 from worker_orcd.server.body import read_body
 from worker_orcd.server.schemas import JOB_ID, JobState, check_fields, parse_object
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
 
 SETTLE_S = 1.0  # what interrupted jobs get to write their last event
+FAILED_S = 0.5  # what jobs get to write the error of a failed engine, before they are interrupted
+HEALTH_S = 0.1  # how long an answer to /health is good for, while the state stays
 
 
 class Job:
@@ -50,16 +53,23 @@ class Control:
         self._idle.set()
         self._impatient = asyncio.Event()
         self.stopping = asyncio.Event()
+        self.failure: WorkerError | None = None
 
     @property
     def num_jobs(self) -> int:
         return len(self._jobs)
 
+    def check_open(self) -> None:
+        """Raise ShuttingDown when no new work is taken."""
+        if self.failure is not None:
+            raise ShuttingDown("the worker has failed; send the request to another one")
+        if self.stopping.is_set():
+            raise ShuttingDown("the worker is shutting down; send the request to another one")
+
     @contextmanager
     def open(self, job_id: str, remaining_s: float | None) -> Iterator[Job]:
         """Hold `job_id` for the life of one request; raises ShuttingDown or JobConflict."""
-        if self.stopping.is_set():
-            raise ShuttingDown("the worker is shutting down; send the request to another one")
+        self.check_open()
         if job_id in self._jobs:
             raise JobConflict("a job with this job_id is running; wait for its end or choose another job_id")
         job = self._jobs[job_id] = Job(remaining_s)
@@ -88,10 +98,23 @@ class Control:
         await asyncio.wait(waits, timeout=self._shutdown_timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+        await self._interrupt(ShuttingDown("the worker shut down before the job was done"))
+
+    async def fail(self, error: WorkerError) -> None:
+        """Take no new work, and end the jobs: by what the engine told each of them, else with `error`."""
+        self.failure = error
+        self.stopping.set()
+        await self._wait_idle(FAILED_S)
+        await self._interrupt(error)
+
+    async def _interrupt(self, error: WorkerError) -> None:
         for job in self._jobs.values():
-            job.interrupt(ShuttingDown("the worker shut down before the job was done"))
+            job.interrupt(error)
+        await self._wait_idle(SETTLE_S)
+
+    async def _wait_idle(self, timeout_s: float) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
 
 
@@ -115,23 +138,57 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     uptime_seconds: float
     num_running: int
     num_waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
     capabilities: list[str]
     protocol: str
 
 
 class ControlRoutes:
-    """The handlers of the three control routes."""
+    """The handlers of the control routes."""
 
-    def __init__(self, control: Control, engine: InferenceEngine, tokenizer: Tokenizer, config: WorkerConfig) -> None:
+    def __init__(
+        self,
+        control: Control,
+        engine: InferenceEngine,
+        tokenizer: Tokenizer,
+        config: WorkerConfig,
+        metrics: MetricsPage,
+    ) -> None:
         self._control = control
         self._engine = engine
         self._tokenizer = tokenizer
         self._worker_id = config.worker_id
+        self._metrics = metrics
         self._born_s = time.monotonic()
+        self._health_told: tuple[JobState, bool] | None = None  # what the bytes below were built for
+        self._health_bytes, self._health_s = b"", 0.0
 
     async def health(self, request: HttpRequest) -> Response:  # noqa: ARG002 - the router passes it
-        body = self._health()
-        return _json(body, 200 if body.status == "healthy" else 503)
+        status, state = self._engine.status(), self._state()
+        now_s, told = time.monotonic(), (state, status.resident)
+        if told != self._health_told or now_s - self._health_s >= HEALTH_S:
+            self._health_bytes = msgspec.json.encode(self._health(status, state))
+            self._health_told, self._health_s = told, now_s
+        code = 200 if state in ("ready", "busy") else 503
+        return Response(self._health_bytes, code, media_type="application/json")
+
+    async def ready(self, request: HttpRequest) -> Response:  # noqa: ARG002
+        status, reason = self._engine.status(), ""
+        if self._control.failure is not None:
+            reason = "the worker has failed"
+        elif self._control.stopping.is_set():
+            reason = "the worker is shutting down"
+        elif not status.ready:
+            reason = status.reason or "the engine makes no progress"
+        if reason:
+            return _json({"ready": False, "reason": reason}, 503)
+        return _json({"ready": True}, 200)
+
+    async def metrics(self, request: HttpRequest) -> Response:  # noqa: ARG002
+        page = self._metrics.render(self._engine.status())
+        return Response(page, headers={"content-type": CONTENT_TYPE})
 
     async def cancel(self, request: HttpRequest) -> Response:
         document = parse_object(await read_body(request))
@@ -148,8 +205,8 @@ class ControlRoutes:
             self._control.stop()
         return _json({"state": "draining"}, 202)
 
-    def _health(self) -> Health:
-        info, status, state = self._engine.info, self._engine.status(), self._state()
+    def _health(self, status: EngineStatus, state: JobState) -> Health:
+        info = self._engine.info
         return Health(
             status="healthy" if state in ("ready", "busy") else "unhealthy",
             state=state,
@@ -168,11 +225,16 @@ class ControlRoutes:
             uptime_seconds=round(time.monotonic() - self._born_s, 3),
             num_running=status.num_running,
             num_waiting=status.num_waiting,
+            blocks_total=status.blocks_total,
+            blocks_used=status.blocks_used,
+            blocks_cached=status.blocks_cached,
             capabilities=["text-gen"],
             protocol="sse",
         )
 
     def _state(self) -> JobState:
+        if self._control.failure is not None:
+            return "failed"
         if self._control.stopping.is_set():
             return "draining"
         if not self._engine.status().healthy:

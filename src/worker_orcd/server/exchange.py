@@ -6,7 +6,7 @@ import ipaddress
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from urllib.parse import urlsplit
 
@@ -22,12 +22,18 @@ _PORT = re.compile(r":[0-9]{0,5}\Z")
 
 @dataclass
 class Exchange:
-    """`deadline_s` is a moment of the monotonic clock, or None. The connection sets `is_stalled` when it gives up."""
+    """`deadline_s` (None: none) and `arrived_s` are on the monotonic clock. The connection sets `is_stalled` when it
+    gives up."""
 
     correlation_id: str
     deadline_s: float | None
     is_deadline_malformed: bool = False
     is_stalled: bool = False
+    arrived_s: float = field(default_factory=time.monotonic)
+
+    def age_ms(self) -> float:
+        """Milliseconds since the request arrived."""
+        return (time.monotonic() - self.arrived_s) * 1e3
 
     def remaining_s(self) -> float | None:
         return None if self.deadline_s is None else self.deadline_s - time.monotonic()

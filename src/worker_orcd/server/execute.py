@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive, Scope, Send
 
+from worker_orcd.engine.metrics import MetricsHook, Outcome
 from worker_orcd.engine.request import InferenceEngine
 from worker_orcd.errors import InferenceTimeout
 from worker_orcd.narration import Narrator
@@ -22,7 +23,12 @@ from worker_orcd.tokenizer.stream import TextStream
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
 
-_OUTCOMES = {None: "success", "CANCELLED": "cancelled", "SLOW_CLIENT": "cancelled", "INFERENCE_TIMEOUT": "timeout"}
+_OUTCOMES: dict[str | None, Outcome] = {
+    None: "success",
+    "CANCELLED": "cancelled",
+    "SLOW_CLIENT": "cancelled",
+    "INFERENCE_TIMEOUT": "timeout",
+}
 
 
 class Execute:
@@ -35,12 +41,14 @@ class Execute:
         preparer: Preparer,
         control: Control,
         narrator: Narrator,
+        metrics: MetricsHook,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._preparer = preparer
         self._control = control
         self._narrator = narrator
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["state"]["exchange"]
@@ -48,15 +56,21 @@ class Execute:
         if remaining_s is not None and remaining_s <= 0:
             raise InferenceTimeout("X-Deadline has already passed")
         raw = await read_body(HttpRequest(scope, receive))
+        self._control.check_open()
+        self._engine.check_room()
         prepared = await asyncio.to_thread(self._preparer.prepare, raw, exchange.remaining_s())
         with self._control.open(prepared.request.id, exchange.remaining_s()) as job:
-            text = TextStream(self._tokenizer, prepared.stop)
-            generation = Generation(self._engine, prepared.request, text, EventStream(send))
+            text, stream = TextStream(self._tokenizer, prepared.stop), EventStream(send)
+            generation = Generation(self._engine, prepared, text, stream, exchange, self._metrics)
             self._narrate_start(prepared, exchange)
             try:
-                await generation.serve(job, receive, exchange)
+                await generation.serve(job, receive)
             finally:
-                self._narrate_end(generation, prepared, exchange)
+                outcome = _OUTCOMES.get(generation.tally.code, "error")
+                self._narrate_end(generation, prepared, exchange, outcome)
+                if stream.is_open:  # else it is answered, and counted, as a refusal
+                    tokens_in = len(prepared.request.prompt_ids)
+                    self._metrics.record_inference_complete(outcome, exchange.age_ms(), tokens_in)
 
     def _narrate_start(self, prepared: Prepared, exchange: Exchange) -> None:
         request = prepared.request
@@ -74,9 +88,8 @@ class Execute:
             prompt_sha256=prepared.prompt_sha256,
         )
 
-    def _narrate_end(self, generation: Generation, prepared: Prepared, exchange: Exchange) -> None:
+    def _narrate_end(self, generation: Generation, prepared: Prepared, exchange: Exchange, outcome: Outcome) -> None:
         request, tally = prepared.request, generation.tally
-        outcome = _OUTCOMES.get(tally.code, "error")
         self._narrator.narrate(
             "execute_end",
             f"ended a job after {tally.num_tokens} tokens: {tally.stop_reason or tally.code}",

@@ -14,6 +14,7 @@ from worker_orcd.errors import FieldError, InvalidRequest
 from worker_orcd.server.schemas import (
     MAX_STOP_TOKENS,
     MAX_UINT64,
+    PRIORITIES,
     REQUIRED,
     ExecuteBody,
     check_fields,
@@ -38,6 +39,7 @@ class Prepared:
 
     request: Request
     stop: tuple[str, ...]
+    wants_metrics: bool
     num_prompt_chars: int
     prompt_sha256: str
 
@@ -80,9 +82,9 @@ class Preparer:
             repetition_penalty=body.repetition_penalty,
         )
         timeout_s = self._timeout_s if remaining_s is None else min(self._timeout_s, remaining_s)
-        request = Request(body.job_id, ids, body.max_tokens, sampling, timeout_s)
+        request = Request(body.job_id, ids, body.max_tokens, sampling, timeout_s, PRIORITIES[body.priority])
         digest = hashlib.sha256(body.prompt.encode()).hexdigest()
-        return Prepared(request, tuple(body.stop), len(body.prompt), digest)
+        return Prepared(request, tuple(body.stop), body.metrics, len(body.prompt), digest)
 
     def _check_stop(self, stop: list[str]) -> list[FieldError]:
         counts = [len(self._tokenizer.encode(text, add_special=False)) for text in stop]

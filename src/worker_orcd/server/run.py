@@ -54,10 +54,10 @@ def _listen(listener: socket.socket) -> None:
 
 
 def serve(app: Starlette, listener: socket.socket, engine: InferenceEngine, narrator: Narrator) -> int:
-    """Serve until SIGTERM, SIGINT or POST /shutdown, then drain; returns the exit code.
+    """Serve until SIGTERM, SIGINT or POST /shutdown, then drain, or until the engine fails; returns the exit code.
 
-    A second signal ends the draining. Signals are handled only when called on the main thread. Owns `listener` and
-    `engine` from here on: both are closed when it returns.
+    The code is 0 after a drain, 1 after a failure. A second signal ends the draining. Signals are handled only when
+    called on the main thread. Owns `listener` and `engine` from here on: both are closed when it returns.
     """
     config = uvicorn.Config(
         app,
@@ -75,15 +75,15 @@ def serve(app: Starlette, listener: socket.socket, engine: InferenceEngine, narr
     )
     try:
         _listen(listener)
-        vram_bytes = engine.status().vram_bytes_used
-        main = _main(_Server(config), app.state.control, listener, narrator, vram_bytes)
+        main = _main(_Server(config), app.state.control, listener, engine, narrator)
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(main)
+            exit_code = runner.run(main)
     finally:
         engine.close()
         listener.close()
-    narrator.narrate("shutdown", "stopped", action="stop", reason="done", exit_code=0)
-    return 0
+    reason = "failed" if exit_code else "done"
+    narrator.narrate("shutdown", "stopped", action="stop", reason=reason, exit_code=exit_code)
+    return exit_code
 
 
 class _Server(uvicorn.Server):
@@ -95,18 +95,38 @@ class _Server(uvicorn.Server):
 
 
 async def _main(
-    server: _Server, control: Control, listener: socket.socket, narrator: Narrator, vram_bytes: int
-) -> None:
+    server: _Server, control: Control, listener: socket.socket, engine: InferenceEngine, narrator: Narrator
+) -> int:
     with _signals(control.stop):
+        vram_bytes = engine.status().vram_bytes_used
         narrator.narrate("ready", "ready", action="listen", vram_bytes=vram_bytes, port=listener.getsockname()[1])
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        stopping = asyncio.create_task(control.stopping.wait())
-        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            narrator.narrate("shutdown", "draining", action="drain", reason="asked", in_flight=control.num_jobs)
-            await control.drain()
+        ends = [asyncio.create_task(_drain(control, narrator)), asyncio.create_task(_fail(control, engine, narrator))]
+        await asyncio.wait([serving, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if control.failure is not None:
+            await ends[1]  # which still ends the jobs
         server.should_exit = True
         await serving
+        for end in ends:
+            if end.done():
+                end.result()  # a bug of ours is not to be lost
+            end.cancel()
+    return 0 if control.failure is None else 1
+
+
+async def _drain(control: Control, narrator: Narrator) -> None:
+    """Wait for the wish to stop; let the jobs finish, then end them."""
+    await control.stopping.wait()
+    if control.failure is None:  # else there is nothing to wait for
+        narrator.narrate("shutdown", "draining", action="drain", reason="asked", in_flight=control.num_jobs)
+        await control.drain()
+
+
+async def _fail(control: Control, engine: InferenceEngine, narrator: Narrator) -> None:
+    """Wait for the failure of the engine; end the jobs, and with them the service."""
+    error = await engine.watch()
+    narrator.narrate("error", error.message, level="fatal", action="fail", code=error.code)
+    await control.fail(error)
 
 
 @contextlib.contextmanager

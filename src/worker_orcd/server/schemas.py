@@ -78,6 +78,14 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Choice:
+    values: tuple[str, ...]
+
+    def check(self, value: object) -> Problem:
+        return None if value in self.values else ("value", f"must be one of {', '.join(self.values)}")
+
+
+@dataclass(frozen=True)
 class Texts:
     """A list of non-empty strings. `max_chars` only bounds the work of counting their tokens."""
 
@@ -96,9 +104,10 @@ class Texts:
         return None
 
 
-Rule = Integer | Number | Text | Flag | Texts
+Rule = Integer | Number | Text | Flag | Choice | Texts
 
 JOB_ID = Text(256, is_name=True)
+PRIORITIES = {"interactive": 0, "batch": 1}  # the smaller goes first
 
 
 class ExecuteBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +124,8 @@ class ExecuteBody(msgspec.Struct, frozen=True, kw_only=True):
     stop: list[str] = msgspec.field(default_factory=list)
     seed: int | None = None
     apply_chat_template: bool = False
+    priority: str = "interactive"
+    metrics: bool = False
 
 
 def execute_rules(max_tokens: int, vocab_size: int) -> dict[str, Rule]:
@@ -131,6 +142,8 @@ def execute_rules(max_tokens: int, vocab_size: int) -> dict[str, Rule]:
         "stop": Texts(4, 4096),
         "seed": Integer(0, MAX_UINT64),
         "apply_chat_template": Flag(),
+        "priority": Choice(tuple(PRIORITIES)),
+        "metrics": Flag(),
     }
 
 

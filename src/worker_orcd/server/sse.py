@@ -8,7 +8,7 @@ a later token, or with `end` when nothing follows.
 from __future__ import annotations
 
 import asyncio
-import re
+import time
 
 import msgspec
 from starlette.types import Send
@@ -22,8 +22,7 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-_LINE_END = re.compile(rb"\r\n|\r|\n")
-_encoder = msgspec.json.Encoder()
+_encode = msgspec.json.Encoder().encode
 
 
 class StartedEvent(msgspec.Struct, frozen=True):
@@ -34,14 +33,27 @@ class StartedEvent(msgspec.Struct, frozen=True):
     started_at: str
     seed: int
     prompt_tokens: int
+    cached_tokens: int
 
 
-class TokenEvent(msgspec.Struct, frozen=True):
+class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """One generated token: text released by it, its index from 0 and its id in the vocabulary."""
 
     t: str
     i: int
     id: int
+
+
+class MetricsEvent(msgspec.Struct, frozen=True):
+    """How far the answer is, and how busy the worker; on request, about twice a second."""
+
+    job_id: str
+    tokens_out: int
+    decode_time_ms: float
+    tokens_per_second: float
+    vram_bytes: int
+    num_running: int
+    num_waiting: int
 
 
 class EndEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -51,6 +63,7 @@ class EndEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_time_ms: float
     stop_reason: StopReason
     seed: int
+    cached_tokens: int
     stop_sequence_matched: str | None = None
     t: str = ""
 
@@ -63,35 +76,48 @@ class ErrorEvent(msgspec.Struct, frozen=True):
     retriable: bool
 
 
-def frame(event: str, data: bytes | msgspec.Struct) -> bytes:
-    """One event on the wire. Line ends inside `data` start further data lines and cannot forge a field."""
+def frame(event: str, data: msgspec.Struct) -> bytes:
+    """One event on the wire. JSON holds no line end, so no text can forge a field."""
     assert event.isidentifier(), event
-    payload = data if isinstance(data, bytes) else _encoder.encode(data)
-    lines = b"".join(b"data: " + line + b"\n" for line in _LINE_END.split(payload))
-    return b"event: " + event.encode() + b"\n" + lines + b"\n"
+    return b"event: %b\ndata: %b\n\n" % (event.encode(), _encode(data))
+
+
+def token_frame(text: str, index: int, token_id: int) -> bytes:
+    """The frame of a `TokenEvent`; there are tens of thousands a second."""
+    return b"event: token\ndata: %b\n\n" % _encode(TokenEvent(text, index, token_id))
 
 
 class EventStream:
-    """One response of events; its first write sends the 200, `end` sends the last event and closes it."""
+    """One response of events; its first write sends the 200, `end` sends the last event and closes it.
+
+    Two tasks write: the generation and its watcher. Each write is whole frames, so only the opening needs a lock.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._lock = asyncio.Lock()  # a keep-alive must not fall between the headers and the first event
+        self._opening = asyncio.Lock()
         self._last_write_s = 0.0
         self.is_open = False
 
     def quiet_s(self) -> float:
         """Seconds since the last write."""
-        return asyncio.get_running_loop().time() - self._last_write_s
+        return time.monotonic() - self._last_write_s
 
-    async def write(self, data: bytes, *, more: bool = True) -> None:
+    async def write(self, data: bytes) -> None:
         """Send `data`; waits while the client reads too slowly."""
-        async with self._lock:
+        if not self.is_open:
+            await self._open()
+        self._last_write_s = time.monotonic()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, terminal: bytes) -> None:
+        """Send the last event. Nobody else may be writing any more."""
+        if not self.is_open:
+            await self._open()
+        await self._send({"type": "http.response.body", "body": terminal, "more_body": False})
+
+    async def _open(self) -> None:
+        async with self._opening:
             if not self.is_open:
                 await self._send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
                 self.is_open = True
-            self._last_write_s = asyncio.get_running_loop().time()
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def end(self, terminal: bytes) -> None:
-        await self.write(terminal, more=False)

@@ -2,6 +2,9 @@
 
 For the reference backend, which keeps weights in float32. Weights, cache and tables are exact; the step's
 workspace is an upper bound of what is alive at once, summed operation by operation.
+
+The cache is as large as the user says or, unless told, gives every place of the batch a full context as long as that
+stays below DEFAULT_CACHE_BYTES; it always holds at least one full context, so whatever is accepted can be finished.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from worker_orcd.gguf.reader import TensorInfo
 
 F32, F64, I64 = 4, 8, 8  # bytes
 CUDA_CONTEXT_BYTES = 800 * 2**20  # driver context 621 MiB, libraries and kernels about 100 (H200), and slack
+DEFAULT_CACHE_BYTES = 2**28
 SPLIT, QUERY_TILE, ROW_TILE, PIECE_ELEMS = 256, 8, 4, 2**20  # of backends/torch_ref.py; a test holds them equal
+SAMPLE_TILE = 8  # ROW_TILE of engine/sampler.py, likewise
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,41 @@ class Dims:
     kv_width: int
     rope_dim: int
     vocab_size: int
-    context_length: int  # of the cache, after caps
-    prefill_chunk: int
+    context_length: int  # of one sequence, after caps
+    cache_tokens: int  # of all sequences together
+    max_batch: int
+    max_step_tokens: int
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Blocks of the KV cache, and the context one sequence may have in it."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    context_length: int  # tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+def size_paged(bytes_per_token: int, context: int, max_batch: int, limit_bytes: int | None, block: int) -> CacheSize:
+    """Blocks of `block` tokens within `limit_bytes`; a cache smaller than the context shortens the context."""
+    one, full = -(-context // block), -(-context // block) * max_batch
+    if limit_bytes is None:
+        num_blocks = max(one, min(full, DEFAULT_CACHE_BYTES // (bytes_per_token * block)))
+    else:
+        num_blocks = min(full, limit_bytes // (bytes_per_token * block))
+    return CacheSize(num_blocks, block, min(context, num_blocks * block))
+
+
+def size_contiguous(bytes_per_token: int, context: int, max_batch: int, limit_bytes: int | None) -> CacheSize:
+    """One block a sequence, as long as the context; a cache smaller than that shortens the context."""
+    limit = DEFAULT_CACHE_BYTES if limit_bytes is None else limit_bytes
+    if limit_bytes is not None:
+        context = min(context, limit // bytes_per_token)
+    return CacheSize(max(1, min(max_batch, limit // max(1, bytes_per_token * context))), context, context)
 
 
 @dataclass(frozen=True)
@@ -65,15 +103,17 @@ class Plan:
 
 
 def plan_reference(tensors: Mapping[str, TensorInfo], dims: Dims, on_cuda: bool) -> Plan:
-    """What TorchBackend will hold with one sequence of `dims.context_length` tokens."""
+    """What TorchBackend will hold."""
     elements = {name: info.nbytes // info.type.block_bytes * info.type.block_elems for name, info in tensors.items()}
     items = [
         PlanItem("weights", F32 * sum(elements.values()), f"{len(tensors)} tensors as float32"),
         PlanItem(
-            "kv_cache", kv_bytes_per_token(dims) * dims.context_length, f"{dims.context_length} tokens, float32"
+            "kv_cache",
+            kv_bytes_per_token(dims.num_layers, dims.kv_width) * dims.cache_tokens,
+            f"{dims.cache_tokens} tokens, float32",
         ),
         PlanItem("rope_tables", 2 * F32 * dims.context_length * (dims.rope_dim // 2), "cosines and sines"),
-        PlanItem("workspace", _workspace_bytes(dims), f"one step of {dims.prefill_chunk} tokens"),
+        PlanItem("workspace", _workspace_bytes(dims), f"one step of {dims.max_step_tokens} tokens"),
         PlanItem("load_scratch", _load_scratch_bytes(tensors), "the largest tensor, stored and in pieces"),
     ]
     if on_cuda:
@@ -81,20 +121,20 @@ def plan_reference(tensors: Mapping[str, TensorInfo], dims: Dims, on_cuda: bool)
     return Plan(tuple(items), "VRAM" if on_cuda else "host memory")
 
 
-def kv_bytes_per_token(dims: Dims) -> int:
+def kv_bytes_per_token(num_layers: int, kv_width: int) -> int:
     """Keys and values of all layers for one position."""
-    return 2 * dims.num_layers * dims.kv_width * F32
+    return 2 * num_layers * kv_width * F32
 
 
 def _workspace_bytes(dims: Dims) -> int:
-    rows = dims.prefill_chunk
+    rows = dims.max_step_tokens
     residual = 3 * rows * dims.hidden  # stream, its norm, the sum
     qkv = 2 * rows * (dims.q_width + 2 * dims.kv_width)  # projections, then their rotated or joined copies
     mlp = rows * 6 * dims.ffn  # gate‖up, its two halves, silu and its steps
     padded = -(-dims.context_length // SPLIT) * SPLIT
     attention = 4 * padded * dims.kv_width + QUERY_TILE * dims.q_width * (SPLIT + 4)
-    logits = (1 + ROW_TILE) * dims.vocab_size  # the tile the head computes, and the row kept of it
-    sampling = 4 * dims.vocab_size * F64 // F32  # scores, probabilities, order, running sum
+    logits = (2 * dims.max_batch + ROW_TILE) * dims.vocab_size  # rows in pieces, then joined, and a tile of the head
+    sampling = 6 * SAMPLE_TILE * dims.vocab_size * F64 // F32  # scores, weights, order, running sum and temporaries
     return F32 * (residual + max(qkv + attention, mlp) + logits + sampling)
 
 

@@ -1,0 +1,271 @@
+"""EngineClient: the InferenceEngine that the edge sees, whatever lies at the other end of its link.
+
+Lives on one event loop at a time. Events of a request wait here until its stream takes them; tokens that wait
+together become one event, so a reader that falls behind costs less, not more, and what waits is bounded by
+`max_tokens` ids. The client is also the engine's watchdog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
+
+from worker_orcd.engine.loop import Broken, Cancel, Command, EngineFacts, Message, Submit
+from worker_orcd.engine.metrics import MetricsHook
+from worker_orcd.engine.request import (
+    EngineStatus,
+    Event,
+    Failed,
+    Finished,
+    ModelInfo,
+    Request,
+    Started,
+    StepStats,
+    Tokens,
+)
+from worker_orcd.errors import (
+    Cancelled,
+    Internal,
+    JobConflict,
+    Overloaded,
+    ShuttingDown,
+    WorkerError,
+    error_of,
+)
+
+WATCH_S = 0.1  # between two looks at the engine
+MIN_STALL_S = 5.0  # without progress for so long, and for STALL_STEPS steps, an engine with work hangs
+STALL_STEPS = 20
+UNHEALTHY_CODES = frozenset({"VRAM_OOM", "INTERNAL"})
+NO_STEP = StepStats(0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+class Link(Protocol):
+    """The way to an engine and back."""
+
+    def attach(self, loop: asyncio.AbstractEventLoop, receive: Callable[[Message], None]) -> None:
+        """Call `receive` on `loop` for every message from now on."""
+        ...
+
+    def send(self, command: Command) -> None: ...
+
+    def failure(self) -> WorkerError | None:
+        """Why nobody is at the other end any more."""
+        ...
+
+    def close(self, is_orderly: bool = True) -> None:
+        """End the engine; one that cannot be expected to listen any more is not asked. Idempotent."""
+        ...
+
+
+class _Stream:
+    """The events of one request that its reader has not taken yet."""
+
+    __slots__ = ("arrived_s", "events", "has_ended", "is_started", "number", "request", "waiter")
+
+    def __init__(self, number: int, request: Request) -> None:
+        self.number, self.request = number, request
+        self.arrived_s = time.monotonic()
+        self.events: deque[Event] = deque()
+        self.waiter: asyncio.Future[None] | None = None
+        self.is_started = self.has_ended = False
+
+    def post(self, event: Event) -> None:
+        if self.events and isinstance(event, Tokens) and isinstance(last := self.events[-1], Tokens):
+            last.ids.extend(event.ids)
+        else:
+            self.events.append(event)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def next(self) -> Event:
+        while not self.events:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        return self.events.popleft()
+
+
+class EngineClient:
+    """Implements InferenceEngine; besides the batch, `max_queue` requests may wait."""
+
+    def __init__(self, link: Link, facts: EngineFacts, max_queue: int, metrics: MetricsHook) -> None:
+        self.info: ModelInfo = facts.info
+        self._link, self._facts, self._max_queue, self._metrics = link, facts, max_queue, metrics
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[int, _Stream] = {}  # that may still get events
+        self._by_id: dict[str, _Stream] = {}  # the same, by the client's name
+        self._leaving: dict[int, float] = {}  # ended early, not yet freed by the engine; since when
+        self._next_number = 1
+        self._stats = NO_STEP
+        self._step_s: deque[float] = deque([facts.slowest_step_s], maxlen=101)
+        self._stalled_s = 0.0  # without progress although there is work
+        self._mean_job_s = 1.0
+        self._is_healthy, self._is_closed = True, False
+        self._drift = ""
+        self._failure: WorkerError | None = None
+
+    # ------------------------------------------------------------------ the edge's side
+
+    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
+        self._attach()
+        stream = self._open(request)
+        try:
+            while True:
+                event = await stream.next()
+                yield event
+                if isinstance(event, Finished | Failed):
+                    return
+        finally:
+            self._end_early(stream, Cancelled("the client went away"))
+
+    def check_room(self) -> None:
+        if self._failure is not None or self._is_closed:
+            raise ShuttingDown("the worker is shutting down; send the request to another one")
+        limit = self._facts.max_batch + self._max_queue
+        if len(self._streams) >= limit:
+            raise Overloaded(
+                f"{len(self._streams)} requests are running or waiting; {self._facts.max_batch} may run and "
+                f"{self._max_queue} may wait",
+                retry_after_s=self._retry_after_s(self._max_queue),
+            )
+
+    def cancel(self, request_id: str) -> bool:
+        stream = self._by_id.get(request_id)
+        if stream is not None:
+            self._end_early(stream, Cancelled("the request was cancelled"))
+        return stream is not None
+
+    def status(self) -> EngineStatus:
+        stats, reason = self._stats, self._unready_reason()
+        num_running = sum(stream.is_started for stream in self._streams.values())
+        return EngineStatus(
+            healthy=self._is_healthy and self._failure is None,
+            ready=not reason,
+            reason=reason,
+            resident=self._facts.vram_bytes > 0,
+            vram_bytes_used=self._facts.vram_bytes,
+            num_running=num_running,
+            num_waiting=len(self._streams) - num_running,
+            blocks_total=self._facts.num_blocks,
+            blocks_used=stats.blocks_used,
+            blocks_cached=stats.blocks_cached,
+            retry_after_s=self._retry_after_s(len(self._streams) - num_running),
+        )
+
+    async def watch(self) -> WorkerError:
+        self._attach()
+        while self._failure is None:
+            await asyncio.sleep(WATCH_S)
+            self._look()
+        return self._failure
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._end_all(ShuttingDown("the worker is shutting down"))
+            self._link.close(is_orderly=self._failure is None)
+
+    def _attach(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._link.attach(loop, self._receive)
+
+    def _open(self, request: Request) -> _Stream:
+        if request.id in self._by_id:
+            raise JobConflict(f"job_id {request.id!r} is already running; use a new one")
+        self.check_room()
+        stream = _Stream(self._next_number, request)
+        self._next_number += 1
+        self._link.send(Submit(stream.number, request))
+        if not self._streams:
+            self._stalled_s = 0.0
+        self._streams[stream.number] = self._by_id[request.id] = stream
+        return stream
+
+    def _retry_after_s(self, num_waiting: int) -> int:
+        """When one more than those who wait now would be served, at the present pace."""
+        at_once = max(1, self._stats.num_running)
+        return max(1, min(600, round(self._mean_job_s * (num_waiting + 1) / at_once)))
+
+    def _end_early(self, stream: _Stream, error: WorkerError) -> None:
+        """The reader hears of it now; the engine frees what it holds before its next step."""
+        if not stream.has_ended:
+            self._end(stream, Failed(error.code, error.message, error.retriable))
+            self._leaving[stream.number] = time.monotonic()
+            if self._failure is None and not self._is_closed:
+                self._link.send(Cancel(stream.number))
+
+    def _end_all(self, error: WorkerError) -> None:
+        for stream in list(self._streams.values()):
+            self._end(stream, Failed(error.code, error.message, error.retriable))
+
+    def _end(self, stream: _Stream, event: Event) -> None:
+        stream.has_ended = True
+        del self._streams[stream.number], self._by_id[stream.request.id]
+        stream.post(event)
+
+    # ------------------------------------------------------------------ the engine's side
+
+    def _receive(self, message: Message) -> None:
+        if isinstance(message, Broken):
+            self._break(error_of(message.code, message.message, message.details))
+            return
+        output = message.output
+        self._stalled_s = 0.0
+        self._drift = output.drift
+        if output.stats is not None:
+            self._stats = output.stats
+            if output.stats.num_rows:
+                self._step_s.append(output.stats.step_ms / 1e3)
+            self._metrics.record_step(output.stats)
+        for number, event in output.events:
+            stream = self._streams.get(number)
+            if stream is not None:
+                self._pass_on(stream, event)
+            elif isinstance(event, Finished | Failed) and number in self._leaving:
+                self._metrics.record_cancel_latency((time.monotonic() - self._leaving.pop(number)) * 1e3)
+
+    def _pass_on(self, stream: _Stream, event: Event) -> None:
+        if isinstance(event, Tokens):
+            stream.post(event)
+            return
+        if isinstance(event, Started):
+            stream.is_started = True
+            self._metrics.record_queue_time((time.monotonic() - stream.arrived_s) * 1e3)
+            stream.post(event)
+            return
+        if isinstance(event, Finished):
+            self._is_healthy = True
+            self._mean_job_s += 0.1 * (event.timings.decode_ms / 1e3 - self._mean_job_s)
+        elif event.code in UNHEALTHY_CODES:
+            self._is_healthy = False  # until the next request succeeds
+        self._end(stream, event)
+
+    # ------------------------------------------------------------------ the watchdog
+
+    def _look(self) -> None:
+        """Called every WATCH_S of our own time: when all of us were stopped, that is no fault of the engine."""
+        if (gone := self._link.failure()) is not None:
+            self._break(gone)
+            return
+        self._stalled_s = self._stalled_s + WATCH_S if self._streams else 0.0
+        if self._stalled_s > self._stall_limit_s():
+            self._break(Internal(f"the engine made no progress for {self._stalled_s:.1f} s and is given up"))
+
+    def _stall_limit_s(self) -> float:
+        return max(MIN_STALL_S, STALL_STEPS * statistics.median(self._step_s), 3 * self._facts.slowest_step_s)
+
+    def _break(self, error: WorkerError) -> None:
+        if self._failure is None:
+            self._failure = error
+            self._end_all(error)
+
+    def _unready_reason(self) -> str:
+        if self._failure is not None:
+            return self._failure.message
+        return "the worker is shutting down" if self._is_closed else self._drift

@@ -1,0 +1,278 @@
+"""EngineCore: the engine itself, one `tick` at a time, single-threaded, without a queue, a socket or a log.
+
+A tick expires deadlines, plans a step, launches it, and reads the results of the step before (or, where the device
+does not run beside us, of this one). Everything that happened to anyone comes back as one Output.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from worker_orcd.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    Request,
+    Started,
+    StepStats,
+    StopReason,
+    Timings,
+    Tokens,
+)
+from worker_orcd.engine.scheduler import Scheduler, SchedulerLimits
+from worker_orcd.engine.sequence import Plan, Sequence
+from worker_orcd.engine.step import InferenceStep, Launched, Result
+from worker_orcd.errors import Cancelled, CudaError, InferenceTimeout, Internal, InvalidRequest, WorkerError
+from worker_orcd.kv.prefix import PrefixChain, root_key
+
+NEVER = float("inf")
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """What one tick has to say: events by request number, in order, and the step it ran."""
+
+    events: list[tuple[int, Event]]
+    stats: StepStats | None  # of no rows when nothing was computed; None when nothing was done
+    drift: str = ""  # the cache no longer adds up: how
+
+
+@dataclass
+class Done:
+    """Results of chunks that were computed one by one."""
+
+    plan: Plan
+    results: list[Result]
+
+    def wait(self) -> list[Result]:
+        return self.results
+
+
+class EngineCore:
+    """`cache_scope` names everything but the tenant that cached keys and values depend on; `clock` gives seconds."""
+
+    def __init__(
+        self,
+        step: InferenceStep,
+        limits: SchedulerLimits,
+        eog_ids: frozenset[int],
+        cache_scope: dict[str, str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._step, self._limits, self._eog_ids = step, limits, eog_ids
+        self._cache_scope, self._clock = cache_scope, clock
+        self._scheduler = Scheduler(step, limits)
+        self._sequences: dict[int, Sequence] = {}  # waiting or running, by number
+        self._in_flight: Launched | None = None
+        self._events: list[tuple[int, Event]] = []
+        self._next_deadline = NEVER
+        self._evicted_before = self._preempted_before = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences) or self._in_flight is not None or bool(self._events)
+
+    def submit(self, number: int, request: Request) -> None:
+        """Queue a request under a number larger than all before; what cannot ever fit fails at once."""
+        root = root_key(**self._cache_scope, tenant=request.tenant)
+        seq = Sequence.of(request, number, PrefixChain(root, self._step.block_size), self._clock())
+        if (problem := self._scheduler.misfit(seq)) is not None:
+            self._events.append((number, Failed(InvalidRequest.code, problem, retriable=False)))
+            return
+        self._sequences[number] = seq
+        self._next_deadline = min(self._next_deadline, seq.arrived_s + request.timeout_s)
+        self._scheduler.add(seq)
+
+    def cancel(self, number: int) -> None:
+        """End a request now; one that is unknown or over is left as it is."""
+        if (seq := self._sequences.get(number)) is not None:
+            self._fail(seq, Cancelled("the request was cancelled"))
+
+    def fail_all(self, error: WorkerError) -> None:
+        """End everyone; nothing is computed any more."""
+        for seq in list(self._sequences.values()):
+            self._fail(seq, error)
+
+    def drop_cache(self) -> None:
+        self._step.drop_cache()
+
+    def check(self) -> str:
+        """What does not add up now that nobody runs; empty when all is well."""
+        assert not self.has_work
+        try:
+            self._step.check()
+        except AssertionError as error:
+            return f"the KV cache does not add up: {error}"
+        used = self._step.usage()[0]
+        return f"{used} blocks of the KV cache are lost: nobody runs" if used else ""
+
+    def tick(self) -> Output:
+        """One turn. Raises CudaError when the device is lost, and then nothing can be computed any more."""
+        began = self._clock()
+        if began >= self._next_deadline:
+            self._expire(began)
+        if self._in_flight is not None and self._scheduler.is_tight():
+            self._settle()  # someone may have to yield, and yields only what nobody is writing to
+        plan, admitted = self._scheduler.plan()
+        for seq in admitted:
+            self._begin(seq)
+        launched = self._launch(plan) if plan else None
+        if self._in_flight is not None:
+            self._settle()
+        self._in_flight = launched
+        if isinstance(launched, Done) or (launched is not None and not self._step.overlaps):
+            self._settle()  # of what was Done one by one, the device keeps only the last token: the rest is read here
+        stats = self._stats(plan, admitted, self._clock() - began)
+        events, self._events = self._events, []
+        return Output(events, stats)
+
+    def _begin(self, seq: Sequence) -> None:
+        if seq.started_s is None:
+            seq.started_s = self._clock()
+            self._events.append((seq.number, Started(min(seq.num_cached, seq.num_prompt))))
+
+    # ------------------------------------------------------------------ computing
+
+    def _launch(self, plan: Plan) -> Launched:
+        """Start the step. One that fails is repeated sequence by sequence, so that only the culprit ends."""
+        launched: Launched
+        try:
+            launched = self._step.launch(plan)
+        except CudaError:
+            raise
+        except Exception as error:
+            launched = Done(plan, [_blame(error)]) if len(plan) == 1 else self._one_by_one(plan)
+        for chunk in launched.plan:
+            seq = chunk.sequence
+            seq.num_computed += chunk.num_tokens
+            seq.num_unknown += chunk.samples
+            seq.num_in_flight += 1
+        return launched
+
+    def _one_by_one(self, plan: Plan) -> Launched:
+        """The same chunks with the same bits: neighbours never mattered."""
+        if self._in_flight is not None:
+            self._settle()  # the tokens of the step before become known, and may end some of these
+        plan = [chunk for chunk in plan if not chunk.sequence.has_ended]
+        results: list[Result] = []
+        for chunk in plan:
+            try:
+                results += self._step.launch([chunk]).wait()
+            except CudaError:
+                raise
+            except Exception as error:
+                results.append(_blame(error))
+        return Done(plan, results)
+
+    def _settle(self) -> None:
+        """Read the results of the step in flight and act on them."""
+        launched, self._in_flight = self._in_flight, None
+        assert launched is not None
+        try:
+            results = launched.wait()
+        except CudaError:
+            raise
+        except Exception as error:
+            results = [_blame(error)] * len(launched.plan)
+        for chunk, result in zip(launched.plan, results, strict=True):
+            seq = chunk.sequence
+            seq.num_unknown -= chunk.samples
+            seq.num_in_flight -= 1
+            if isinstance(result, WorkerError):
+                self._step.distrust(seq)
+            if seq.has_ended:
+                self._release(seq)  # cancelled, or over, while this was computed
+            elif isinstance(result, WorkerError):
+                self._fail(seq, result)
+            elif result:
+                self._extend(seq, result)
+
+    def _extend(self, seq: Sequence, new: list[int]) -> None:
+        """Append what was sampled, share what is now confirmed, and end the sequence where it ends."""
+        seq.num_computed += len(new) - 1
+        index, reason = len(seq.tokens) - seq.num_prompt, self._take(seq, new)
+        emitted = seq.tokens[seq.num_prompt + index :]
+        if emitted:
+            if seq.first_token_s is None:
+                seq.first_token_s = self._clock()
+            self._events.append((seq.number, Tokens(index, emitted)))
+        self._step.confirm(seq, len(seq.tokens) - (reason != "eos"))  # the newest token is not computed yet
+        if reason is not None:
+            self._end(seq, Finished(reason, self._timings(seq)))
+
+    def _take(self, seq: Sequence, new: list[int]) -> StopReason | None:
+        """Move tokens over until one ends the answer; the end-of-generation token itself is not kept."""
+        for token in new:
+            if token in self._eog_ids:
+                return "eos"
+            seq.tokens.append(token)
+            if len(seq.tokens) >= seq.num_prompt + seq.request.max_tokens:
+                return "max_tokens"
+            if len(seq.tokens) >= seq.longest:
+                return "context_length"
+        return None
+
+    # ------------------------------------------------------------------ ending
+
+    def _expire(self, now: float) -> None:
+        self._next_deadline = NEVER
+        for seq in list(self._sequences.values()):
+            deadline = seq.arrived_s + seq.request.timeout_s
+            if now >= deadline:
+                self._fail(seq, InferenceTimeout(f"the request took longer than its {seq.request.timeout_s:g} s"))
+            else:
+                self._next_deadline = min(self._next_deadline, deadline)
+
+    def _fail(self, seq: Sequence, error: WorkerError) -> None:
+        self._end(seq, Failed(error.code, error.message, error.retriable))
+
+    def _end(self, seq: Sequence, event: Event) -> None:
+        """Nothing more is computed or said for it; its blocks are free now or, if being written, after this step."""
+        del self._sequences[seq.number]
+        self._scheduler.remove(seq)
+        seq.has_ended = True
+        self._release(seq)
+        self._events.append((seq.number, event))
+
+    def _release(self, seq: Sequence) -> None:
+        if seq.table is not None and seq.num_in_flight == 0:
+            self._step.free(seq)
+
+    def _timings(self, seq: Sequence) -> Timings:
+        now = self._clock()
+        started = now if seq.started_s is None else seq.started_s
+        first = None if seq.first_token_s is None else (seq.first_token_s - started) * 1e3
+        return Timings((started - seq.arrived_s) * 1e3, first, (now - started) * 1e3, (now - seq.arrived_s) * 1e3)
+
+    def _stats(self, plan: Plan, admitted: list[Sequence], seconds: float) -> StepStats:
+        used, idle, evicted = self._step.usage()
+        evicted_now, self._evicted_before = evicted - self._evicted_before, evicted
+        preempted = self._scheduler.num_preempted
+        preempted_now, self._preempted_before = preempted - self._preempted_before, preempted
+        return StepStats(
+            num_sequences=len(plan),
+            num_rows=sum(chunk.num_tokens for chunk in plan),
+            num_sampled=sum(chunk.samples for chunk in plan),
+            step_ms=seconds * 1e3,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            blocks_used=used,
+            blocks_cached=idle,
+            num_preempted=preempted_now,
+            num_evicted=evicted_now,
+            prompt_tokens=sum(seq.num_prompt for seq in admitted),
+            cached_tokens=sum(min(seq.num_cached, seq.num_prompt) for seq in admitted),
+        )
+
+
+def _blame(error: Exception) -> WorkerError:
+    """What to tell the one whose computation raised `error`; its text might quote a prompt, so it is not shown."""
+    if isinstance(error, WorkerError):
+        return error
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Internal(f"the engine failed: {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}")

@@ -1,0 +1,66 @@
+"""The main module of the engine's process: `python -m worker_orcd.engine_process ADDRESS`. Started by worker.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from worker_orcd.config import WorkerConfig
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """What the API process decides."""
+
+    config: WorkerConfig
+    eog_ids: list[int]
+    unsampleable: list[int]  # token ids that must never be generated
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self, enc_hook=str)
+
+    @classmethod
+    def decode(cls, line: bytes) -> Setup:
+        return msgspec.json.decode(line, type=cls, dec_hook=_path)
+
+
+def _path(kind: type, value: Any) -> Any:
+    assert kind is Path
+    return Path(value)
+
+
+def main() -> int:
+    """Load, say so, serve; returns the exit status."""
+    from worker_orcd.engine.loop import Broken
+    from worker_orcd.engine.process import FATAL_EXIT, EngineHost
+
+    host = EngineHost(sys.argv[1])
+    try:
+        core = _load(host)
+    except Exception as error:
+        host.tell(Broken.by(error))
+        host.end()
+        return FATAL_EXIT
+    return host.serve(core)
+
+
+def _load(host: Any) -> Any:
+    """The engine of a Setup that is still to come; torch is imported while the API process prepares it."""
+    import torch  # noqa: F401
+
+    from worker_orcd.assemble import build_core, draw_up, load_runtime
+    from worker_orcd.engine.process import Progress
+
+    setup = Setup.decode(host.setup())
+    blueprint = draw_up(setup.config)
+    runtime = load_runtime(setup.config, blueprint, lambda *done: host.tell(Progress(*done)))
+    core, facts = build_core(setup.config, blueprint, runtime, frozenset(setup.eog_ids), setup.unsampleable)
+    blueprint.gguf.close()
+    host.tell(facts)
+    return core
+
+
+if __name__ == "__main__":
+    sys.exit(main())
