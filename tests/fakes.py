@@ -18,9 +18,9 @@ from worker_orcd.engine.request import (
     Request,
     Started,
     Timings,
-    Token,
+    Tokens,
 )
-from worker_orcd.errors import JobConflict, Overloaded, ShuttingDown
+from worker_orcd.errors import JobConflict, Overloaded, ShuttingDown, WorkerError
 
 EOS = 256
 STOP_REASONS = ("eos", "max_tokens", "context_length", "stop_sequence")
@@ -59,8 +59,8 @@ class UserTemplate:
         return text + ("<assistant>" if add_generation_prompt else "")
 
 
-# A token id, seconds to wait, a stop reason, a failure in band, or an exception to raise.
-Step = int | float | str | Failed | Exception
+# A token id, several at once, seconds to wait, a stop reason, a failure in band, or an exception to raise.
+Step = int | list[int] | float | str | Failed | Exception
 
 
 def echo(request: Request) -> list[Step]:
@@ -88,14 +88,18 @@ class ScriptedEngine:
     """An `InferenceEngine` that plays `script(request)`.
 
     At most `max_running` requests play at once and `max_queue` wait. `freed` lists the ids of requests in the order
-    they let go of what they held, `cancelled` those among them that did not come to their end.
+    they let go of what they held, `cancelled` those among them that did not come to their end. Once `failure` is set,
+    from any thread, the engine has failed for good.
     """
 
     script: Callable[[Request], Iterable[Step]] = echo
     max_running: int = 4
     max_queue: int = 16
     is_healthy: bool = True
+    is_ready: bool = True
     is_closed: bool = False
+    failure: WorkerError | None = None
+    cached_tokens: int = 0
     context_length: int = 4096
     requests: list[Request] = field(default_factory=list)
     freed: list[str] = field(default_factory=list)
@@ -124,9 +128,9 @@ class ScriptedEngine:
             began_s = time.monotonic()
             while len(self.running) >= self.max_running or self.waiting[0] != request.id:
                 await asyncio.sleep(0.002)
-                if request.id in self._asked:
+                if end := self._early_end(request):
                     has_ended = True
-                    yield Failed("CANCELLED", "cancelled in the queue", False)
+                    yield end
                     return
             self.waiting.remove(request.id)
             self.running.add(request.id)
@@ -144,28 +148,48 @@ class ScriptedEngine:
         return True
 
     def status(self) -> EngineStatus:
-        return EngineStatus(self.is_healthy, self.is_healthy, 1 << 20, len(self.running), len(self.waiting), 2)
+        num_running = len(self.running)
+        return EngineStatus(
+            healthy=self.is_healthy and self.failure is None,
+            ready=self.is_ready and self.failure is None,
+            reason="" if self.is_ready else "no step for 5 s",
+            resident=self.is_healthy,
+            vram_bytes_used=1 << 20,
+            num_running=num_running,
+            num_waiting=len(self.waiting),
+            blocks_total=64,
+            blocks_used=num_running,
+            blocks_cached=8,
+            retry_after_s=2,
+        )
+
+    async def watch(self) -> WorkerError:
+        while self.failure is None:
+            await asyncio.sleep(0.005)
+        return self.failure
 
     def close(self) -> None:
         self.is_closed = True
 
+    def check_room(self) -> None:
+        if self.is_closed or self.failure is not None:
+            raise ShuttingDown("the engine is closed")
+        if len(self.running) + len(self.waiting) >= self.max_running + self.max_queue:
+            raise Overloaded(f"{self.max_queue} requests wait already", retry_after_s=self.status().retry_after_s)
+
     def _admit(self, request: Request) -> None:
         self.requests.append(request)
-        if self.is_closed:
-            raise ShuttingDown("the engine is closed")
         if request.id in self.running or request.id in self.waiting:
             raise JobConflict("this id is running")
-        is_full = len(self.running) + len(self.waiting) >= self.max_running + self.max_queue
-        if is_full:
-            raise Overloaded(f"{self.max_queue} requests wait already", retry_after_s=self.status().retry_after_s)
+        self.check_room()
         self.waiting.append(request.id)
 
     async def _play(self, request: Request, began_s: float) -> AsyncGenerator[Event, None]:
-        yield Started()
+        yield Started(self.cached_tokens)
         started_s, num_tokens = time.monotonic(), 0
         for step in self.script(request):
-            if request.id in self._asked:
-                yield Failed("CANCELLED", "cancelled", False)
+            if end := self._early_end(request):
+                yield end
                 return
             if isinstance(step, float):
                 await asyncio.sleep(step)
@@ -179,12 +203,18 @@ class ScriptedEngine:
                 yield Finished(step, _timings(began_s, started_s))  # type: ignore[arg-type]
                 return
             else:
-                yield Token(step, num_tokens)
-                num_tokens += 1
-                self.num_tokens += 1
+                ids = (step if isinstance(step, list) else [step])[: request.max_tokens - num_tokens]
+                yield Tokens(num_tokens, ids)
+                num_tokens += len(ids)
+                self.num_tokens += len(ids)
                 if num_tokens == request.max_tokens:
                     yield Finished("max_tokens", _timings(began_s, started_s))
                     return
+
+    def _early_end(self, request: Request) -> Failed | None:
+        if self.failure is not None:
+            return Failed(self.failure.code, self.failure.message, self.failure.retriable)
+        return Failed("CANCELLED", "cancelled", False) if request.id in self._asked else None
 
     def _free(self, request_id: str, has_ended: bool) -> None:
         self.running.discard(request_id)

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 
 from tests.fakes import ByteTokenizer, ScriptedEngine
 from worker_orcd.config import WorkerConfig
+from worker_orcd.engine.metrics import PrometheusMetrics
 from worker_orcd.narration import Capture, Narrator
 from worker_orcd.server.app import create_app
 from worker_orcd.server.prepare import ChatTemplate
@@ -77,6 +78,7 @@ class Answer:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    writes: list[bytes] = field(default_factory=list)  # the pieces of the body, when it was taken in memory
 
     @property
     def json(self) -> dict[str, Any]:
@@ -106,13 +108,13 @@ class Answer:
 
 
 def check_order(events: list[SseEvent]) -> None:
-    """started, token 0, 1, 2 …, then exactly one of end and error; `error` alone when it never started."""
+    """started, token 0, 1, 2 … with metrics between, then exactly one of end and error."""
     names = [event.name for event in events]
     assert names[-1] in TERMINAL
     assert not set(names[:-1]) & set(TERMINAL)
-    assert names[:1] == ["started"] or names == ["error"]
+    assert names[0] == "started"
+    assert set(names[1:-1]) <= {"token", "metrics"}
     tokens = [event.data["i"] for event in events if event.name == "token"]
-    assert names[1:-1] == ["token"] * len(tokens)
     assert tokens == list(range(len(tokens)))
     if names[-1] == "end":
         assert events[-1].data["tokens_out"] == len(tokens)
@@ -125,6 +127,14 @@ class Rig:
     engine: ScriptedEngine
     app: Starlette
     log: Capture
+    metrics: PrometheusMetrics
+
+    def scrape(self) -> dict[str, float]:
+        """Every sample of /metrics, by its name with its labels as they are written."""
+        answer = self.call("GET", "/metrics")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        lines = [line for line in answer.body.decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
     def call(self, method: str, path: str, body: object = b"", headers: dict[str, str] | None = None) -> Answer:
         """One exchange in memory, on a loop of its own."""
@@ -134,11 +144,16 @@ class Rig:
         return self.call("POST", "/execute", {"job_id": "job", "prompt": "hello"} | fields, headers)
 
     async def acall(
-        self, method: str, path: str, body: object = b"", headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = b"",
+        headers: dict[str, str] | None = None,
+        answer: Answer | None = None,
     ) -> Answer:
-        """One exchange in memory, held to the rules of ASGI."""
+        """One exchange in memory, held to the rules of ASGI. `answer` grows while it goes on."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        answer, gone = Answer(), asyncio.Event()
+        answer, gone = answer or Answer(), asyncio.Event()
         messages = [{"type": "http.request", "body": raw, "more_body": False}]
         has_ended = False
 
@@ -159,6 +174,7 @@ class Rig:
                 assert answer.status, "a body before the start"
                 assert not has_ended, "more after the end"
                 answer.body += message["body"]
+                answer.writes.append(message["body"])
                 has_ended = not message.get("more_body", False)
 
         await self.app(_scope(method, path, headers or {}), receive, send)
@@ -190,7 +206,8 @@ def make_rig(engine: ScriptedEngine | None = None, template: ChatTemplate | None
     log = Capture()
     config = WorkerConfig(worker_id="worker-test", **options)
     narrator = Narrator(config.worker_id, "scripted", None, sink=log, level="debug")
-    return Rig(engine, create_app(engine, ByteTokenizer(), template, config, narrator), log)
+    metrics = PrometheusMetrics(config.worker_id, engine.info.quant_kind, blocks_total=64, vram_bytes=1 << 20)
+    return Rig(engine, create_app(engine, ByteTokenizer(), template, config, narrator, metrics), log, metrics)
 
 
 @dataclass
@@ -228,9 +245,9 @@ class Live:
         with self.send(path, body) as peer:
             return read_answer(peer)
 
-    def get(self, path: str) -> Answer:
+    def get(self, path: str, method: str = "GET") -> Answer:
         with self.connect() as peer:
-            peer.sendall(http_request("GET", path))
+            peer.sendall(http_request(method, path))
             return read_answer(peer)
 
     def stop(self) -> int:

@@ -199,9 +199,81 @@ def test_health_of_a_ready_worker(rig: Rig) -> None:
         "uptime_seconds": 0,
         "num_running": 0,
         "num_waiting": 0,
+        "blocks_total": 64,
+        "blocks_used": 0,
+        "blocks_cached": 8,
         "capabilities": ["text-gen"],
         "protocol": "sse",
     }
+
+
+def test_health_is_built_at_intervals_but_a_change_shows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_orcd.server.control.HEALTH_S", 1000.0)
+    rig = make_rig()
+    first = rig.call("GET", "/health").body
+    assert rig.call("GET", "/health").body == first
+    rig.engine.is_healthy = False
+    failed = rig.call("GET", "/health")
+    assert (failed.status, failed.json["state"], failed.json["resident"]) == (503, "failed", False)
+    rig.engine.is_healthy = True
+    assert rig.call("GET", "/health").json["state"] == "ready"
+    rig.call("POST", "/shutdown")
+    draining = rig.call("GET", "/health")
+    assert (draining.status, draining.json["state"]) == (503, "draining")
+
+
+def test_health_follows_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_orcd.server.control.HEALTH_S", 0.0)
+    rig = make_rig()
+    assert rig.call("GET", "/health").json["num_waiting"] == 0
+    rig.engine.waiting.append("somebody")
+    assert rig.call("GET", "/health").json["num_waiting"] == 1
+
+
+def test_readiness_is_progress_and_the_will_to_take_work() -> None:
+    rig = make_rig()
+    ready = rig.call("GET", "/ready")
+    assert (ready.status, ready.json) == (200, {"ready": True})
+    rig.engine.is_ready = False
+    stuck = rig.call("GET", "/ready")
+    assert (stuck.status, stuck.json) == (503, {"ready": False, "reason": "no step for 5 s"})
+    assert rig.call("GET", "/health").status == 200  # alive all the same
+    rig.engine.is_ready = True
+    rig.call("POST", "/shutdown")
+    draining = rig.call("GET", "/ready")
+    assert (draining.status, draining.json) == (503, {"ready": False, "reason": "the worker is shutting down"})
+
+
+def test_metrics_count_what_happened() -> None:
+    failing = [65, 66, Failed("NUMERIC_FAULT", "NaN in logits", False)]
+    rig = make_rig(ScriptedEngine(lambda request: failing if request.id == "bad" else text_script("abc")))
+    rig.execute(prompt="hello")
+    rig.execute(prompt="hello", stop=["b"])
+    rig.execute(job_id="bad")
+    rig.execute(top_k=-1)
+    rig.execute(headers={"content-encoding": "gzip"})
+    rig.execute(headers={"x-deadline": "1"})
+    samples = rig.scrape()
+    me = 'quant_kind="Q4_K_M",worker_id="worker-test"'
+    outcomes = {o: samples[f'worker_requests_total{{outcome="{o}",{me}}}'] for o in ("success", "error", "timeout")}
+    assert outcomes == {"success": 2, "error": 1, "timeout": 0}
+    assert samples['worker_refusals_total{code="INVALID_REQUEST"}'] == 2
+    assert samples['worker_refusals_total{code="INFERENCE_TIMEOUT"}'] == 1
+    assert samples[f"worker_tokens_in_total{{{me}}}"] == 15
+    assert samples[f"worker_tokens_generated_total{{{me}}}"] == 3 + 2 + 2
+    assert samples["worker_first_token_latency_ms_count"] == 3
+    assert samples["worker_per_token_latency_ms_count"] == 7 - 3
+    assert samples[f"worker_inference_duration_ms_count{{{me}}}"] == 3
+    assert samples[f"worker_vram_bytes{{{me}}}"] == 1 << 20
+
+
+def test_gauges_of_a_scrape_are_of_that_moment() -> None:
+    rig = make_rig()
+    rig.engine.running.update("ab")
+    assert rig.scrape()["worker_running_requests"] == 2
+    assert rig.scrape()['worker_kv_blocks{state="used"}'] == 2
+    rig.engine.running.clear()
+    assert rig.scrape()["worker_running_requests"] == 0
 
 
 def test_health_of_a_failed_worker() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,8 @@ LIMITS: dict[str, tuple[list[object], list[object]]] = {  # field: legal edges, 
     "stop": ([[], ["a"] * 4, ["a" * 32]], ["a", [""], ["a"] * 5, ["a" * 4097], [1], [None], 1, True, {}]),
     "seed": ([0, 2**64 - 1, 2**63], [-1, 2**64, HUGE, 1.0, 0.5, True, "1", [1], {}]),
     "apply_chat_template": ([False], [0, 1, "true", [], {}]),
+    "priority": (["interactive", "batch"], ["", "high", "Batch", 0, 1, True, [], ["batch"], {}]),
+    "metrics": ([False, True], [0, 1, "true", [], {}]),
 }
 GOOD = [(name, value) for name, (good, _) in LIMITS.items() for value in good]
 BAD = [(name, value) for name, (_, bad) in LIMITS.items() for value in bad]
@@ -158,12 +161,12 @@ def test_both_paths_and_the_events_of_an_answer(rig: Rig) -> None:
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["x-accel-buffering"] == "no"
-    assert set(started.data) == {"job_id", "model", "started_at", "seed", "prompt_tokens"}
+    assert set(started.data) == {"job_id", "model", "started_at", "seed", "prompt_tokens", "cached_tokens"}
     assert started.data["started_at"].endswith("Z")
     assert started.data["prompt_tokens"] == 6
     assert answer.text == "héllo"
     assert [token.data["t"] for token in tokens] == ["h", "", "é", "l", "l", "o"]
-    assert set(end.data) == {"tokens_out", "decode_time_ms", "stop_reason", "seed"}
+    assert set(end.data) == {"tokens_out", "decode_time_ms", "stop_reason", "seed", "cached_tokens"}
     assert end.data["stop_reason"] == "eos"
 
 
@@ -240,6 +243,104 @@ def test_the_engine_is_told_even_if_its_iterator_lives_on() -> None:
     assert asyncio.run(story()) == ["job"]
 
 
+def test_tokens_that_come_together_leave_in_one_write() -> None:
+    rig = make_rig(ScriptedEngine(lambda _: [list(b"abc"), ord("d"), list(b"efgh"), "eos"]))
+    answer = rig.execute()
+    assert answer.text == "abcdefgh"
+    assert [write.count(b"event: token") for write in answer.writes] == [0, 3, 1, 4, 0]
+
+
+def test_what_piled_up_for_a_reader_leaves_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_orcd.server.generation.MAX_TOKENS_PER_WRITE", 10)
+    answer = make_rig(ScriptedEngine(lambda _: [list(b"x" * 25), "eos"])).execute()
+    assert answer.text == "x" * 25
+    assert [write.count(b"event: token") for write in answer.writes] == [0, 10, 10, 5, 0]
+
+
+def test_tokens_after_a_stop_string_are_neither_sent_nor_counted() -> None:
+    rig = make_rig(ScriptedEngine(lambda _: [list(b"one two thr"), list(b"ee four"), list(b"five"), "eos"]))
+    answer = rig.execute(stop=["three"])
+    assert answer.text == "one two "
+    assert answer.events[-1].data["tokens_out"] == len("one two three")
+    assert rig.scrape()['worker_tokens_generated_total{quant_kind="Q4_K_M",worker_id="worker-test"}'] == 13
+    assert rig.engine.cancelled == ["job"]
+
+
+def test_cached_tokens_are_told_at_both_ends() -> None:
+    answer = make_rig(ScriptedEngine(cached_tokens=3)).execute()
+    assert answer.events[0].data["cached_tokens"] == answer.events[-1].data["cached_tokens"] == 3
+
+
+@pytest.mark.parametrize(("word", "priority"), [(None, 0), ("interactive", 0), ("batch", 1)])
+def test_the_priority_reaches_the_engine(rig: Rig, word: str | None, priority: int) -> None:
+    assert rig.execute(priority=word, tenant="somebody").status == 200
+    request = rig.engine.requests[-1]
+    assert (request.priority, request.tenant) == (priority, "")
+
+
+def test_metrics_events_come_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_orcd.server.generation.METRICS_S", 0.02)
+    rig = make_rig(ScriptedEngine(lambda _: text_script("answer", 0.05), max_running=1))
+
+    async def both() -> list[Answer]:
+        first = asyncio.create_task(rig.acall("POST", "/execute", {"job_id": "a", "prompt": "x", "metrics": True}))
+        await until(lambda: rig.engine.running)
+        second = rig.acall("POST", "/execute", {"job_id": "b", "prompt": "x", "metrics": True})
+        third = rig.acall("POST", "/execute", {"job_id": "c", "prompt": "x"})
+        return await asyncio.gather(first, second, third)
+
+    *asking, silent = asyncio.run(both())
+    assert not any(event.name == "metrics" for event in silent.events)
+    for answer, job_id in zip(asking, "ab", strict=True):
+        told = [event.data for event in answer.events if event.name == "metrics"]  # between started and the end
+        assert len(told) > 2
+        assert answer.text == "answer"
+        assert all(data["job_id"] == job_id for data in told)
+        assert all((data["vram_bytes"], data["num_running"]) == (1 << 20, 1) for data in told)
+        assert [data["tokens_out"] for data in told] == sorted(data["tokens_out"] for data in told)
+        rate = told[-1]["tokens_out"] * 1000 / told[-1]["decode_time_ms"]
+        assert told[-1]["tokens_per_second"] == pytest.approx(rate, abs=0.01)
+        assert set(told[0]) == {
+            *("job_id", "tokens_out", "decode_time_ms", "tokens_per_second"),
+            *("vram_bytes", "num_running", "num_waiting"),
+        }
+
+
+def test_metrics_events_are_at_least_a_quarter_second_apart() -> None:
+    answer = make_rig(ScriptedEngine(lambda _: text_script("x" * 17, 0.1))).execute(metrics=True)
+    times = [0.0, *(event.data["decode_time_ms"] for event in answer.events if event.name == "metrics")]
+    assert len(times) > 2
+    assert all(after - before >= 250 for before, after in pairwise(times))
+
+
+def test_no_metrics_event_after_a_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_orcd.server.generation.METRICS_S", 0.002)
+
+    class SlowToEnd(ScriptedEngine):
+        async def run(self, request):  # type: ignore[no-untyped-def, override]
+            try:
+                async for event in super().run(request):
+                    yield event
+            finally:
+                await asyncio.sleep(0.1)
+
+    rig, answer = make_rig(SlowToEnd(lambda _: forever())), Answer()
+
+    async def story() -> bytes:
+        body = {"job_id": "run", "prompt": "x", "metrics": True}
+        run = asyncio.create_task(rig.acall("POST", "/execute", body, answer=answer))
+        await until(lambda: answer.body.count(b"event: metrics") > 3)
+        await rig.acall("POST", "/cancel", {"job_id": "run"})
+        await asyncio.sleep(0.01)  # what was on its way
+        sent = len(answer.body)
+        await run
+        return answer.body[sent:]
+
+    rest = asyncio.run(story())
+    assert b"CANCELLED" in rest
+    assert b"event: metrics" not in rest
+
+
 def test_text_held_back_at_the_end_comes_with_the_end() -> None:
     rig = make_rig(ScriptedEngine(lambda _: [*b"ab", 0xE2, 0x82, "max_tokens"]))
     assert rig.execute().events[-1].data["t"] == "\ufffd"
@@ -281,8 +382,24 @@ def test_refusals_of_the_engine_are_statuses(refusal: Exception, status: int, is
 
     answer = make_rig(Refusing()).execute()
     assert answer.status == status
-    assert answer.headers.get("retry-after") == ("7" if status == 429 else None)
+    assert answer.headers.get("retry-after") == {429: "7", 503: "1", 409: None}[status]
     assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+def test_refusals_do_not_wait_to_be_accepted(monkeypatch: pytest.MonkeyPatch, is_draining: bool) -> None:
+    monkeypatch.setattr("worker_orcd.server.generation.ACCEPT_S", 1000.0)
+    rig = make_rig(ScriptedEngine(max_running=0, max_queue=0))
+    if is_draining:
+        rig.call("POST", "/shutdown")
+        assert rig.call("POST", "/execute", b"not read any more").status == 503
+    answer = rig.execute()
+    assert answer.status == (503 if is_draining else 429)
+    assert answer.headers["retry-after"] == ("1" if is_draining else "2")
+    code = "SHUTTING_DOWN" if is_draining else "OVERLOADED"
+    samples = rig.scrape()
+    assert samples[f'worker_refusals_total{{code="{code}"}}'] == 1 + is_draining
+    assert sum(value for name, value in samples.items() if name.startswith("worker_requests_total")) == 0
 
 
 def test_a_running_job_id_is_refused_and_free_again_afterwards() -> None:
@@ -388,6 +505,7 @@ def test_a_job_that_waits_for_its_reader_can_be_cancelled_and_drained() -> None:
 
 steps = st.one_of(
     st.sampled_from([*"aSTOP é€😀".encode(), 0xFF, 0xC3, 0x80, 256]),
+    st.lists(st.sampled_from([*"aSTOP é€😀".encode(), 0xFF, 256]), min_size=1, max_size=6),
     st.sampled_from([0.0, Failed("CUDA_ERROR", "device lost", False), RuntimeError("bug"), *("eos", "max_tokens")]),
 )
 stops = st.lists(st.sampled_from(["STOP", "TO", "é", "€ ", "aa", "P"]), max_size=3, unique=True)
@@ -401,7 +519,8 @@ def test_any_script_gives_one_ordered_stream_that_loses_no_text(
     rig = make_rig(ScriptedEngine(lambda _: script))
     answer = rig.execute(stop=stop, max_tokens=max_tokens)
     *_, last = answer.events  # checks the order
-    ids = [step for step in script if isinstance(step, int)][: len(answer.events) - 2]
+    several = (step if isinstance(step, list) else [step] for step in script if isinstance(step, int | list))
+    ids = [token_id for ids in several for token_id in ids][: len(answer.events) - 2]
     stream = TextStream(ByteTokenizer(), stop)
     expected = "".join(map(stream.push, ids))
     if last.name == "end":

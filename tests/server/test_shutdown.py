@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from tests.server.client import (
     wait_for_back_pressure,
 )
 from worker_orcd.engine.request import Request
-from worker_orcd.errors import StartFailed
+from worker_orcd.errors import CudaError, StartFailed
 from worker_orcd.narration import Narrator
 from worker_orcd.server.run import bind, serve
 
@@ -98,6 +98,73 @@ def test_a_reader_that_stalls_does_not_hold_up_the_exit() -> None:
         assert time.monotonic() - began_s < 6
 
 
+def test_a_failed_engine_ends_the_service() -> None:
+    with live(ScriptedEngine(by_prompt, max_running=1), shutdown_timeout_sec=60.0) as server:
+        peers = [server.send("/execute", body(f"j{i}", "forever")) for i in range(2)]
+        eventually(lambda: server.rig.engine.running and server.rig.engine.waiting)
+        began_s = time.monotonic()
+        server.rig.engine.failure = CudaError("device 0 is lost")
+        for peer in peers:
+            with peer:
+                answer = read_answer(peer)
+            assert answer.events[-1].data["code"] == "CUDA_ERROR"
+        server.thread.join(10)
+        assert time.monotonic() - began_s < 5
+        assert server.exit_codes == [1]
+        assert server.rig.engine.is_closed
+    told = server.rig.log.events()
+    assert [(event["level"], event["code"]) for event in told if event["event"] == "error"] == [
+        ("FATAL", "CUDA_ERROR")
+    ]
+    assert (told[-1]["event"], told[-1]["reason"], told[-1]["exit_code"]) == ("shutdown", "failed", 1)
+
+
+def test_an_engine_that_fails_while_draining_ends_the_wait() -> None:
+    with live(ScriptedEngine(by_prompt), shutdown_timeout_sec=60.0) as server:
+        peer = server.send("/execute", body("a", "forever"))
+        eventually(lambda: server.rig.engine.running)
+        server.post("/shutdown", b"")
+        server.rig.engine.failure = CudaError("device 0 is lost")
+        with peer:
+            assert read_answer(peer).events[-1].data["code"] == "CUDA_ERROR"
+        server.thread.join(10)
+        assert server.exit_codes == [1]
+
+
+def test_jobs_that_a_failed_engine_forgot_are_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_orcd.server.control.FAILED_S", 1.5)
+    engine = ScriptedEngine(lambda _: [60.0, "eos"])
+    with live(engine) as server:
+        peer = server.send("/execute", body("forgotten", "x"))
+        eventually(lambda: engine.running)
+        engine.failure = CudaError("device 0 is lost")
+        eventually(lambda: server.rig.app.state.control.failure)
+        time.sleep(0.3)  # the worker still answers
+        late = server.post("/execute", body("late", "x"))
+        ready, health = server.get("/ready"), server.get("/health")
+        with peer:
+            assert read_answer(peer).events[-1].data["code"] == "CUDA_ERROR"
+        server.thread.join(10)
+        assert server.exit_codes == [1]
+    assert (late.status, late.error["code"]) == (503, "SHUTTING_DOWN")
+    assert (ready.status, ready.json["reason"]) == (503, "the worker has failed")
+    assert (health.status, health.json["state"]) == (503, "failed")
+
+
+def test_a_reader_that_stalls_does_not_hold_up_the_end_of_a_failed_worker() -> None:
+    engine = ScriptedEngine(lambda _: ([ord("x")] * 50 for _ in range(10**9)))
+    with (
+        live(engine, max_tokens_out=2**20) as server,
+        server.send("/execute", body("stalled", "x"), receive_buffer=4096),
+    ):
+        wait_for_back_pressure(engine)
+        began_s = time.monotonic()
+        engine.failure = CudaError("device 0 is lost")
+        server.thread.join(10)
+        assert server.exit_codes == [1]
+        assert time.monotonic() - began_s < 5
+
+
 def test_a_port_in_use_is_named() -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
@@ -142,6 +209,7 @@ import sys
 from tests.server.test_shutdown import by_prompt
 from tests.fakes import ByteTokenizer, ScriptedEngine
 from worker_orcd.config import WorkerConfig
+from worker_orcd.engine.metrics import PrometheusMetrics
 from worker_orcd.narration import Narrator
 from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
@@ -149,7 +217,8 @@ from worker_orcd.server.run import bind, serve
 engine, listener = ScriptedEngine(by_prompt, max_running=1), bind("127.0.0.1", 0)
 config = WorkerConfig(worker_id="child", shutdown_timeout_sec=float(sys.argv[1]))
 narrator = Narrator("child", "scripted", None)
-app = create_app(engine, ByteTokenizer(), None, config, narrator)
+metrics = PrometheusMetrics("child", "Q4_K_M", 64, 0)
+app = create_app(engine, ByteTokenizer(), None, config, narrator, metrics)
 print(listener.getsockname()[1], flush=True)
 sys.exit(serve(app, listener, engine, narrator))
 """
@@ -168,8 +237,17 @@ def child(shutdown_timeout_s: float, stderr: int = subprocess.PIPE) -> Iterator[
         process.communicate()
 
 
+def connect(port: int) -> socket.socket:
+    """A connection to a child, which told its port before it listened."""
+    for _ in range(500):
+        with suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port), timeout=10)
+        time.sleep(0.01)
+    raise AssertionError("the child does not listen")
+
+
 def send(port: int, job_id: str, prompt: str) -> socket.socket:
-    peer = socket.create_connection(("127.0.0.1", port), timeout=10)
+    peer = connect(port)
     peer.sendall(http_request("POST", "/execute", body(job_id, prompt)))
     assert peer.recv(1) == b"H"
     return peer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import struct
@@ -36,8 +37,13 @@ def by_prompt(request: Request) -> list[Step] | Iterator[Step]:
             return iter([60.0, "eos"])  # silent: not one token
         case "b":
             return (step for _ in range(10**9) for step in (ord("x"),) * 50 + (0.001,))  # floods
+        case "p":
+            return (step for _ in range(10**9) for step in ([ord("x")] * 4096, 0.001))  # as tokens pile up
         case _:
             return text_script("answer")
+
+
+CANCELLED = 'worker_requests_total{outcome="cancelled",quant_kind="Q4_K_M",worker_id="worker-test"}'
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +131,67 @@ def test_a_reader_that_stalls_is_dropped(server: Live, monkeypatch: pytest.Monke
         eventually(lambda: "stalled" in server.rig.engine.cancelled)
     eventually(lambda: server.rig.log.events("execute_end")[-1]["job_id"] == "stalled")
     assert server.rig.log.events("execute_end")[-1]["code"] == "SLOW_CLIENT"
+
+
+def test_what_waits_for_a_slow_reader_is_bounded(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers: list[connection.Connection] = []
+    accept = connection.Connection.connection_made
+
+    def connection_made(self: connection.Connection, transport: asyncio.Transport) -> None:
+        peers.append(self)
+        accept(self, transport)
+
+    monkeypatch.setattr(connection.Connection, "connection_made", connection_made)
+    with server.send("/execute", body("bounded", "piled"), receive_buffer=4096):
+        eventually(lambda: any(peer.flow.write_paused for peer in peers))
+        time.sleep(0.1)
+        unsent = max(peer.transport.get_write_buffer_size() for peer in peers)
+        assert unsent < 64 * 1024 + 24 * 1024  # the mark, and the write that passed it
+    check_freed(server, "bounded")
+
+
+def test_clients_that_leave_are_counted(server: Live) -> None:
+    before = server.rig.scrape()
+    with server.send("/execute", body("counted", "flow")):
+        eventually(lambda: "counted" in server.rig.engine.running)
+    check_freed(server, "counted")
+    after = server.rig.scrape()
+    assert after["worker_client_disconnects_total"] == before["worker_client_disconnects_total"] + 1
+    assert after[CANCELLED] == before[CANCELLED] + 1
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_head_is_get_without_its_body(server: Live, path: str) -> None:
+    head, whole = server.get(path, "HEAD"), server.get(path)
+    assert (head.status, head.body) == (200, b"")
+    assert whole.body
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize("prompt", ["x", "burst"])
+def test_http_1_0_gets_no_chunks(server: Live, prompt: str) -> None:
+    request = http_request("POST", "/execute", body("old", prompt) | {"max_tokens": 5000})
+    with server.connect() as peer:
+        peer.sendall(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        answer = read_answer(peer)
+    assert "transfer-encoding" not in answer.headers
+    assert answer.headers["connection"] == "close"
+    assert answer.text == ("answer" if prompt == "x" else "x" * 5000)
+    with server.connect() as peer:
+        peer.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        health = read_answer(peer)
+    assert int(health.headers["content-length"]) == len(health.body)
+
+
+def test_http_1_0_under_back_pressure_is_whole(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_orcd.server.generation.METRICS_S", 0.01)  # so that two write
+    fields = body("old-slow", "piled") | {"max_tokens": 20_000, "metrics": True}
+    with server.connect(receive_buffer=4096) as peer:
+        peer.sendall(http_request("POST", "/execute", fields).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        wait_for_back_pressure(server.rig.engine)
+        answer = read_answer(peer)
+    assert answer.text == "x" * 20_000
 
 
 def test_the_first_event_leaves_before_the_last_token(server: Live) -> None:
