@@ -1,28 +1,44 @@
-"""What only a GPU can show of this slice: the reference backend on CUDA, and the plan against the driver."""
+"""What only a GPU can show of this slice: the reference backend on CUDA, schedules that overlap, and the plan."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
-from worker_orcd.assemble import build_engine, draw_up, embedded_model, load_runtime, load_texts
+from tests.engine.schedules import Bench
+from tests.running import engine_of, runtime_of
+from tests.server.client import Answer
+from tests.workers import ROOT, running
+from worker_orcd.assemble import build_core, draw_up, embedded_model, load_runtime
+from worker_orcd.backends.batch import Batch, LayerKV
 from worker_orcd.config import WorkerConfig
+from worker_orcd.engine.core import EngineCore
+from worker_orcd.engine.engine import BatchEngine
+from worker_orcd.engine.plain_step import PlainStep
+from worker_orcd.engine.request import Event, Failed, Finished, Request, SamplingParams, Tokens
+from worker_orcd.engine.runtime import Runtime
+from worker_orcd.engine.sampler import Sampler
+from worker_orcd.engine.scheduler import SchedulerLimits
 from worker_orcd.engine.score import score
 from worker_orcd.errors import InsufficientVram, StartFailed
+from worker_orcd.models.adapter import ModelAdapter
 
 pytestmark = pytest.mark.gpu
 IDS = [7 * i % 321 for i in range(300)]
 
 
 def logits(path: Path, device: str, chunk: int = 128) -> torch.Tensor:
-    config = WorkerConfig(model=path, device=device)  # type: ignore[arg-type]
-    return score(load_runtime(config, draw_up(config), lambda *_: None), IDS, chunk)
+    return score(runtime_of(path, device=device), IDS, chunk)
 
 
 @pytest.mark.parametrize("case", tiny.configs())
@@ -32,6 +48,91 @@ def test_logits_on_the_gpu_are_those_of_the_cpu_and_do_not_depend_on_chunks(case
     assert ((ours - reference).norm() / reference.norm()).item() < 1e-4
     for chunk in (1, 7, 64, 300):
         assert torch.equal(logits(path, "cuda", chunk), ours)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "llama"])
+def test_every_schedule_on_the_gpu_gives_the_bits_of_a_run_alone(case: str, tmp_path: Path) -> None:
+    """Half of them launch a step before the tokens of the one before are read."""
+    bench, seen = Bench(runtime_of(tiny.build(case).write(tmp_path / "tiny.gguf"), device="cuda"), 80), Counter[str]()
+    for seed in range(20):
+        course = bench.run(seed)
+        assert not course.differences
+        seen += course.seen
+    assert seen["overlapping"] >= 3
+    assert seen["preempted"] >= 1
+    assert seen["hits"] >= 1
+
+
+class PoisonAfter:
+    """A model whose logits turn NaN for every row that ends in `token`."""
+
+    def __init__(self, adapter: ModelAdapter, token: int) -> None:
+        self.adapter, self.token = adapter, token
+
+    def forward(self, batch: Batch, kv: list[LayerKV]) -> torch.Tensor:
+        logits = self.adapter.forward(batch, kv)
+        is_bad = batch.tokens[batch.sample_rows] == self.token
+        return torch.where(is_bad[:, None], torch.nan, logits)
+
+
+def test_nan_in_one_row_leaves_the_others_their_bits(tmp_path: Path) -> None:
+    runtime = runtime_of(tiny.build("qwen2").write(tmp_path / "tiny.gguf"), device="cuda", kv_block_size=8)
+    good = [Request(f"good {i}", [20 + i] * 9, 12, SamplingParams(i)) for i in range(5)]
+    bad = Request("bad", [5] * 9 + [300], 12, SamplingParams(0))
+
+    def run(requests: list[Request]) -> dict[str, list[Event]]:
+        poisoned = Runtime(PoisonAfter(runtime.adapter, 300), runtime.kv, runtime.allocator, runtime.device)
+        step = PlainStep(poisoned, Sampler([0, 300], runtime.device))
+        assert step.overlaps
+        core = EngineCore(step, SchedulerLimits(8, 64, 128), frozenset({2}), {})
+        for number, req in enumerate(requests):
+            core.submit(number, req)
+        events: dict[str, list[Event]] = {req.id: [] for req in requests}
+        while core.has_work:
+            for number, event in core.tick().events:
+                events[requests[number].id].append(event)
+        assert core.check() == ""
+        core.drop_cache()
+        return events
+
+    expected, got = run(good), run([*good[:2], bad, *good[2:]])
+    assert isinstance(got["bad"][-1], Failed)
+    assert got["bad"][-1].code == "NUMERIC_FAULT"
+    for req in good:
+        assert tokens_of(got[req.id]) == tokens_of(expected[req.id])
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    assert isinstance(events[-1], Finished)
+    return [token for event in events if isinstance(event, Tokens) for token in event.ids]
+
+
+def test_many_streams_of_the_haiku_model_are_what_each_is_alone() -> None:
+    rng = random.Random(0)
+    requests = [
+        Request(
+            str(i), [rng.randrange(40, 3000) for _ in range(rng.randint(1, 60))], 30, SamplingParams(i, top_p=0.95)
+        )
+        for i in range(48)
+    ]
+
+    async def read(engine: BatchEngine, req: Request) -> list[int]:
+        return tokens_of([event async for event in engine.run(req)])
+
+    async def together(engine: BatchEngine) -> list[list[int]]:
+        return list(await asyncio.gather(*(read(engine, req) for req in requests)))
+
+    async def alone(engine: BatchEngine) -> list[list[int]]:
+        return [await read(engine, req) for req in requests]
+
+    engine = engine_of(embedded_model(), device="cuda", max_batch=64)
+    try:
+        expected = asyncio.run(alone(engine))
+        assert asyncio.run(together(engine)) == expected
+        assert asyncio.run(together(engine)) == expected
+        assert engine.status().ready
+    finally:
+        engine.close()
 
 
 def test_the_haiku_command_on_the_gpu() -> None:
@@ -45,14 +146,14 @@ def test_the_plan_bounds_what_the_driver_says_was_taken() -> None:
     code = (
         "import torch\n"
         "from worker_orcd.assemble import *\n"
-        "from worker_orcd.engine.score import score\n"
+        "from worker_orcd.assemble import build_core\n"
         "import pynvml; pynvml.nvmlInit(); h = pynvml.nvmlDeviceGetHandleByIndex(0)\n"
         "used = lambda: pynvml.nvmlDeviceGetMemoryInfo(h).used\n"
         "before = used()\n"
         "config = WorkerConfig(device='cuda')\n"
         "blueprint = draw_up(config)\n"
         "runtime = load_runtime(config, blueprint, lambda *_: None)\n"
-        "score(runtime, list(range(40, 340)), 128)\n"
+        "build_core(config, blueprint, runtime, frozenset({2}), [0])  # tries the largest step\n"
         "torch.cuda.synchronize()\n"
         "print(blueprint.plan.total_bytes, used() - before, torch.cuda.max_memory_allocated())\n"
     )
@@ -64,23 +165,18 @@ def test_the_plan_bounds_what_the_driver_says_was_taken() -> None:
     assert taken >= planned - 300 * 2**20, "the plan is far above what is needed"
 
 
-def test_engine_reports_the_vram_it_holds() -> None:
+def test_the_engine_knows_the_vram_it_holds() -> None:
     config = WorkerConfig(device="cuda")
     blueprint = draw_up(config)
-    engine = build_engine(
-        config, blueprint, load_runtime(config, blueprint, lambda *_: None), load_texts(config, blueprint).tokenizer
-    )
-    try:
-        status = engine.status()
-        weights = next(item.nbytes for item in blueprint.plan.items if item.purpose == "weights")
-        assert status.resident
-        assert status.vram_bytes_used > weights
-        assert engine.info.device == "cuda:0"
-    finally:
-        engine.close()
+    runtime = load_runtime(config, blueprint, lambda *_: None)
+    _, facts = build_core(config, blueprint, runtime, frozenset({2}), [0])
+    planned = {item.purpose: item.nbytes for item in blueprint.plan.items}
+    assert facts.vram_bytes >= planned["weights"] + planned["kv_cache"]
+    assert facts.info.device == "cuda:0"
 
 
 def test_too_little_vram_and_a_gpu_that_is_not_there_are_refused() -> None:
+    torch.cuda.empty_cache()
     hog = torch.empty(torch.cuda.mem_get_info()[0] - 200 * 2**20, dtype=torch.uint8, device="cuda")
     try:
         config = WorkerConfig(model=embedded_model(), device="cuda")
@@ -92,3 +188,23 @@ def test_too_little_vram_and_a_gpu_that_is_not_there_are_refused() -> None:
     config = WorkerConfig(device="cuda", gpu_device=99)
     with pytest.raises(StartFailed, match="gpu_device is 99"):
         load_runtime(config, draw_up(config), lambda *_: None)
+
+
+def test_a_device_that_really_fails_ends_every_stream_and_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An illegal access in the engine's process; after it the device takes no more work from that process."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    start = "from worker_orcd import cli, worker; worker.ENGINE_MODULE = 'tests.faulty_engine'; cli.main()"
+    with running((sys.executable, "-c", start, "serve", "--device", "cuda")) as worker:
+        worker.wait_for("ready")
+
+        async def four() -> list[Answer]:
+            return await asyncio.gather(*(worker.ask(max_tokens=200, temperature=1.5, seed=i) for i in range(4)))
+
+        for answer in asyncio.run(four()):
+            last = answer.events[-1]
+            assert (last.name, last.data["code"]) == ("error", "CUDA_ERROR")
+        assert worker.end(timeout=10) == 1
+        assert [event["code"] for event in worker.events("error") if event["level"] == "FATAL"] == ["CUDA_ERROR"]
+    with running((sys.executable, "-m", "worker_orcd", "serve", "--device", "cuda")) as healthy:
+        healthy.wait_for("ready")
+        assert healthy.execute(temperature=0.0)[-1][0] == "end"

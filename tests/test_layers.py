@@ -20,7 +20,7 @@ LAYERS = [
     {"models", "kv", "vram", "tokenizer"},
     {"engine"},
     {"server"},
-    {"assemble", "cli", "worker", "haiku", "reports", "__main__"},
+    {"assemble", "cli", "worker", "engine_process", "haiku", "reports", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {  # folder → what its modules may import from outside, beside the standard library
@@ -29,11 +29,13 @@ THIRD_PARTY = {  # folder → what its modules may import from outside, beside t
     "signals": set(),
     "config": {"cyclopts"},
     "gguf": {"numpy"},
+    "kv": {"torch"},
+    "engine": {"torch", "numpy", "msgspec", "zmq", "prometheus_client"},
     "tokenizer": {"tokenizers", "jinja2", "msgspec", "numpy"},
     "server": {"starlette", "uvicorn", "msgspec", "httptools", "uvloop"},
 }
 NEIGHBOURS = {("config", "errors"), ("quant", "gguf")}  # the only imports within a layer
-SEAM_ONLY = {("server", "engine"): {"worker_orcd.engine.request"}}
+SEAM_ONLY = {("server", "engine"): {"worker_orcd.engine.request", "worker_orcd.engine.metrics"}}
 
 
 def modules() -> list[Path]:
@@ -87,7 +89,17 @@ def test_no_module_rebinds_globals_or_runs_code(path: Path) -> None:
     assert not loose, f"line {loose[0].lineno} runs at import" if loose else ""
 
 
+TORCH_IN_ENGINE = {"pack.py", "plain_step.py", "runtime.py", "sampler.py", "score.py"}
+
+
+def test_scheduling_and_the_way_between_processes_know_no_torch() -> None:
+    with_torch = {path.name for path in (ROOT / "engine").glob("*.py") if "torch" in imports(path)}
+    assert with_torch == TORCH_IN_ENGINE
+    assert {path.name for path in (ROOT / "kv").glob("*.py") if "torch" in imports(path)} == {"pool.py"}
+
+
 QUICK = ["cli", "reports", "gguf.reader", "tokenizer.load", "server.app", "engine.request", "narration", "vram.plan"]
+QUICK += ["assemble", "worker", "engine.client", "engine.process", "engine.metrics"]  # the API process: all of it
 
 
 @pytest.mark.parametrize("module", QUICK)

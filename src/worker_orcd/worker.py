@@ -26,6 +26,9 @@ from worker_orcd.server.run import bind, serve
 from worker_orcd.signals import Stopped
 
 
+ENGINE_MODULE = "worker_orcd.engine_process"
+
+
 def run_worker(config: WorkerConfig) -> int:
     """Serve until told to stop; returns the exit status. Raises WorkerError when the worker cannot start."""
     model = str(config.model or assemble.embedded_model())
@@ -49,7 +52,7 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
     try:
         listener = bind(config.host, config.port)
         blueprint = draw_up(config)
-        link = ProcessLink("worker_orcd.engine_process")
+        link = ProcessLink(ENGINE_MODULE)
         texts = load_texts(config, blueprint)
         blueprint.gguf.close()
         facts = _load_model(config, blueprint, texts, link, narrator)

@@ -217,8 +217,9 @@ class EngineClient:
             return
         output = message.output
         self._stalled_s = 0.0
-        self._drift = output.drift
-        if output.stats is not None:
+        if output.stats is None:
+            self._drift = output.drift  # of a look at the idle cache; steps do not look
+        else:
             self._stats = output.stats
             if output.stats.num_rows:
                 self._step_s.append(output.stats.step_ms / 1e3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -174,6 +175,8 @@ class EngineHost:
 
     def serve(self, core: EngineCore) -> int:
         """Turn `core` until the API process has enough of it; returns the exit status."""
+        gc.collect()
+        gc.freeze()  # what is loaded stays; looking through all of it again would hold up a step for 90 ms
         is_orderly = run_loop(core, self._incoming, self._send)
         self.end()
         return 0 if is_orderly else FATAL_EXIT
