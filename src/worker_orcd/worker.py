@@ -25,7 +25,6 @@ from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
 from worker_orcd.signals import Stopped
 
-
 ENGINE_MODULE = "worker_orcd.engine_process"
 
 

@@ -38,7 +38,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one tick has to say: events by request number, in order, and the step it ran."""
 
     events: list[tuple[int, Event]]
-    stats: StepStats | None  # of no rows when nothing was computed; None when nothing was done
+    stats: StepStats | None  # of no rows when nothing was computed; None when only the idle cache was looked at
     drift: str = ""  # the cache no longer adds up: how
 
 

@@ -161,7 +161,8 @@ class EngineHost:
             signal.signal(number, signal.SIG_IGN)  # the API process decides when the engine ends
         self._setup = bytearray()
         self._has_setup = threading.Event()
-        threading.Thread(target=self._follow_parent, daemon=True).start()
+        directory = Path(address.removeprefix("ipc://")).parent
+        threading.Thread(target=self._follow_parent, args=(directory,), daemon=True).start()
         self._context = zmq.Context(io_threads=1)
         self._socket = _pair(self._context)
         self._socket.connect(address)
@@ -198,10 +199,11 @@ class EngineHost:
     def _send(self, message: Message) -> None:
         self._socket.send(_encoder.encode(message))
 
-    def _follow_parent(self) -> None:
-        """Read standard input to its end, which comes when the API process is gone."""
+    def _follow_parent(self, directory: Path) -> None:
+        """Read standard input to its end, which comes when the API process is gone; `directory` was its to remove."""
         while chunk := os.read(STDIN, 65536):
             self._setup += chunk
             if self._setup.endswith(b"\n"):
                 self._has_setup.set()
+        shutil.rmtree(directory, ignore_errors=True)
         os._exit(0)

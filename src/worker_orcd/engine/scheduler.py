@@ -93,7 +93,8 @@ class Scheduler:
 
     def is_tight(self) -> bool:
         """Whether the next plan may have to preempt someone."""
-        return self._step.available() - self._set_aside() < self._num_growing()
+        each = self._blocks(self._step.max_new_tokens)  # blocks one step may add to a sequence, at most
+        return self._step.available() - self._set_aside() < each * self._num_growing()
 
     def plan(self) -> tuple[Plan, list[Sequence]]:
         """What to compute next, and who left the queue for it. Marks nothing as computed."""
