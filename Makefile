@@ -37,8 +37,10 @@ format: .venv                ## let ruff rewrite what it can
 test-gpu: .venv              ## what only a GPU can show
 	$(BIN)/python -m pytest -m gpu
 
-bench: .venv                 ## speed of the reference backend on the embedded model
-	$(BIN)/python benchmarks/bench_engine.py --device $(DEVICE)
+bench: .venv                 ## host time of a step, tokens/s over HTTP, speed of the embedded model
+	$(BIN)/python benchmarks/bench_engine.py
+	$(BIN)/python benchmarks/bench_serve.py --fake
+	$(BIN)/python benchmarks/bench_engine.py --model haiku --device $(DEVICE)
 
 clean:                       ## remove what was built or installed
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,81 +1,218 @@
-"""Speed of the engine loop without HTTP: prefill, decode and first token. One JSON line last.
+"""Speed of the engine in one process, without HTTP. One JSON line last.
 
-python benchmarks/bench_engine.py [--model FILE] [--device cuda|cpu] [--prompt 32] [--tokens 128] [--repeat 3]
+Without --model the fake step of fake_engine.py takes the place of a model, and what is measured is the engine itself:
+host time per step, from the plan to the encoded message, in steady decode, with prompts in chunks beside it, for a
+burst of arrivals and for prompts found in the prefix cache.
+
+With --model it is the speed of that model through the same engine: prefill and decode in tokens a second.
+
+    python benchmarks/bench_engine.py [--sizes 1,8,64,256] [--steps 400] [--profile] [--out FILE]
+    python benchmarks/bench_engine.py --model FILE --device cuda [--batch 8] [--prompt 512] [--tokens 128]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import cProfile
+import itertools
+import pstats
+import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+import msgspec
+from fake_engine import build_fake_core
+from fake_options import FakeOptions
+from results import add_out, finish, spread
 
-from worker_orcd import __version__
-from worker_orcd.assemble import draw_up, embedded_model, load_runtime
+from worker_orcd.assemble import build_core, draw_up, embedded_model, load_runtime
 from worker_orcd.config import WorkerConfig
-from worker_orcd.engine.request import Request, SamplingParams
-from worker_orcd.engine.runtime import Runtime
-from worker_orcd.engine.sampler import Sampler
-from worker_orcd.engine.sequence import Chunk, Sequence
-from worker_orcd.engine.step import PlainStep
+from worker_orcd.engine.core import EngineCore, Output
+from worker_orcd.engine.loop import Report
+from worker_orcd.engine.request import Finished, Request, SamplingParams, Tokens
+
+CONTEXT = 4096
+BLOCK = 32
+ENCODE = msgspec.msgpack.Encoder().encode
 
 
-def measure(runtime: Runtime, prompt: int, tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt and its first token, and for `tokens` more; random ids, greedy."""
-    step = PlainStep(runtime, Sampler([]))
-    ids = torch.randint(0, 1000, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    request = Request("bench", ids, tokens, SamplingParams(seed=0, temperature=0.0))
-    seq = Sequence.of(request, runtime.allocator.new_table())
-    step.start(seq)
-    try:
+class Driver:
+    """An engine that is fed and turned here, with the time of every step, message included."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self.step_ms: list[float] = []
+        self._numbers, self._random = itertools.count(1), random.Random(0)
+
+    def submit(self, prompt: int, max_tokens: int, head: list[int] | None = None) -> None:
+        """One more request, of random ids after those of `head`."""
+        ids = [*(head or []), *self._random.choices(range(256), k=prompt - len(head or []))]
+        number = next(self._numbers)
+        sampling = SamplingParams(seed=number, temperature=0.8, top_p=0.95)
+        self.core.submit(number, Request(f"bench-{number}", ids, max_tokens, sampling, timeout_s=1e6))
+
+    def turn(self) -> Output:
         began = time.perf_counter()
-        while seq.num_pending > 1:
-            step.next_token([Chunk(seq, min(128, seq.num_pending))])
-        first = time.perf_counter()
-        for _ in range(tokens):
-            step.next_token([Chunk(seq, 1)])
-        return first - began, time.perf_counter() - first
-    finally:
-        step.free(seq)
+        output = self.core.tick()
+        ENCODE(Report(output))
+        self.step_ms.append((time.perf_counter() - began) * 1e3)
+        return output
+
+    def settle(self, size: int) -> int:
+        """Until all `size` sequences have their first token; returns how many tokens that makes."""
+        num_begun = num_tokens = 0
+        while num_begun < size:
+            new = [event for _, event in self.turn().events if isinstance(event, Tokens)]
+            num_begun += sum(event.index == 0 for event in new)
+            num_tokens += sum(len(event.ids) for event in new)
+        self.step_ms.clear()
+        return num_tokens
+
+    def finish(self) -> None:
+        while self.core.has_work:
+            self.turn()
+
+
+def fake_driver(max_batch: int, max_step_tokens: int = 512) -> Driver:
+    rows = max(max_step_tokens, max_batch)
+    num_blocks = 2 * max_batch * CONTEXT // BLOCK
+    options = FakeOptions(num_blocks=num_blocks, block_size=BLOCK, max_batch=max_batch, max_step_tokens=rows,
+                          context_length=CONTEXT)  # fmt: skip
+    return Driver(build_fake_core(options)[0])
+
+
+def steady_decode(size: int, steps: int) -> dict[str, float]:
+    """`size` sequences, one token each in every step."""
+    driver = fake_driver(size)
+    for _ in range(size):
+        driver.submit(128, steps + 64)
+    driver.settle(size)
+    for _ in range(steps):
+        driver.turn()
+    return spread(driver.step_ms)
+
+
+def mixed(steps: int) -> dict[str, float]:
+    """64 decodes, and beside them always the chunk of a long prompt that fills the step's 512 tokens."""
+    driver = fake_driver(65)
+    for _ in range(64):
+        driver.submit(128, steps + 1024)
+    driver.settle(64)
+    driver.submit(CONTEXT - 8, 1)
+    for _ in range(steps):
+        if any(isinstance(event, Finished) for _, event in driver.turn().events):
+            driver.submit(CONTEXT - 8, 1)
+    return spread(driver.step_ms)
+
+
+def burst(size: int) -> dict[str, float]:
+    """`size` requests with prompts of 32 tokens at once: to queue them all, and the steps that admit them."""
+    driver = fake_driver(size, max_step_tokens=32 * size)
+    began = time.perf_counter()
+    for _ in range(size):
+        driver.submit(32, 8)
+    submit_ms = (time.perf_counter() - began) * 1e3
+    driver.turn()
+    return {"submit_all": round(submit_ms, 3), "admit_all": round(driver.step_ms[0], 3)}
+
+
+def prefix_hits(size: int) -> dict[str, float]:
+    """`size` prompts of 2,048 tokens that share all but their last 64: without and with what came before cached."""
+    driver = fake_driver(size, max_step_tokens=64 * size)
+    head = random.Random(1).choices(range(256), k=2048 - 64)
+    driver.submit(2048, 4, head)
+    driver.finish()
+    cold_ms = sum(driver.step_ms)
+    driver.step_ms.clear()
+    for _ in range(size):
+        driver.submit(2048, 4, head)
+    output = driver.turn()
+    assert output.stats is not None
+    share = output.stats.cached_tokens / output.stats.prompt_tokens
+    return {"one_cold": round(cold_ms, 3), "admit_all": round(driver.step_ms[0], 3), "hit_share": round(share, 3)}
+
+
+def host_times(sizes: list[int], steps: int) -> dict[str, Any]:
+    numbers: dict[str, Any] = {f"decode_{size}_step_ms": steady_decode(size, steps) for size in sizes}
+    return numbers | {
+        "mixed_prefill_512_rows_step_ms": mixed(steps),
+        "burst_64_ms": burst(64),
+        "prefix_hits_64_ms": prefix_hits(64),
+    }
+
+
+def model_speed(config: WorkerConfig, batch: int, prompt: int, tokens: int, repeat: int) -> dict[str, Any]:
+    """Medians of `repeat` runs of `batch` requests at once, random ids, after one run that warms up."""
+    began = time.perf_counter()
+    blueprint = draw_up(config)
+    runtime = load_runtime(config, blueprint, lambda *_: None)
+    core, facts = build_core(config, blueprint, runtime, frozenset(), [])
+    load_s = time.perf_counter() - began
+    runs = [_run(core, batch, prompt, tokens) for _ in range(repeat + 1)][1:]
+    prefill_s, token_s, step_ms = (statistics.median(column) for column in zip(*runs, strict=True))
+    return {
+        "model": facts.info.name,
+        "quant": facts.info.quant_kind,
+        "backend": facts.info.backend,
+        "prefill_tokens_per_second": round(batch * prompt / prefill_s, 1),
+        "decode_tokens_per_second": round(1 / token_s, 1),
+        "decode_step_ms": round(step_ms, 3),
+        "first_token_of_all_ms": round(prefill_s * 1e3, 2),
+        "load_s": round(load_s, 2),
+    }
+
+
+def _run(core: EngineCore, batch: int, prompt: int, tokens: int) -> tuple[float, float, float]:
+    """Seconds until all have their first token, seconds a token from there on, median milliseconds of those steps."""
+    driver = Driver(core)
+    core.drop_cache()
+    for _ in range(batch):
+        driver.submit(prompt, tokens)
+    began = time.perf_counter()
+    num_first = driver.settle(batch)
+    first = time.perf_counter()
+    driver.finish()
+    ended = time.perf_counter()
+    return first - began, (ended - first) / (batch * tokens - num_first), statistics.median(driver.step_ms)
+
+
+def profiled(work: Callable[[], object]) -> None:
+    with cProfile.Profile() as profiler:
+        work()
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(15)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=embedded_model())
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
-    parser.add_argument("--tokens", type=int, default=128, help="generated tokens")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--sizes", default="1,8,64,256", help="sequences in steady decode")
+    parser.add_argument("--steps", type=int, default=400, help="steps measured in each case (default 400)")
+    parser.add_argument("--profile", action="store_true", help="show instead where the time of each --sizes goes")
+    parser.add_argument("--model", type=Path, help="measure this GGUF file; `haiku` is the embedded one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="for --model")
+    parser.add_argument("--batch", type=int, default=1, help="requests at once, for --model (default 1)")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens, for --model (default 32)")
+    parser.add_argument("--tokens", type=int, default=128, help="generated tokens, for --model (default 128)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs, for --model (default 3)")
+    add_out(parser)
     args = parser.parse_args()
-    config = WorkerConfig(model=args.model, device=args.device, context_length=args.prompt + args.tokens + 1)
-    began = time.perf_counter()
-    blueprint = draw_up(config)
-    runtime = load_runtime(config, blueprint, lambda *_: None)
-    load_s = time.perf_counter() - began
-    measure(runtime, args.prompt, 2)
-    runs = [measure(runtime, args.prompt, args.tokens) for _ in range(args.repeat)]
-    prefill_s, decode_s = (statistics.median(column) for column in zip(*runs, strict=True))
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    result = {
-        "model": args.model.name,
-        "quant": blueprint.gguf.quant_kind,
-        "backend": "torch-reference",
-        "device": device,
-        "prefill_tokens_per_second": round(args.prompt / prefill_s, 1),
-        "decode_tokens_per_second": round(args.tokens / decode_s, 1),
-        "first_token_ms": round(prefill_s * 1e3, 2),
-        "load_s": round(load_s, 2),
-        "prompt": args.prompt,
-        "tokens": args.tokens,
-        "torch": torch.__version__,
-        "version": __version__,
-    }
-    for name, value in result.items():
-        print(f"{name:28}{value}")
-    print(json.dumps(result))
+    sizes = [int(size) for size in args.sizes.split(",")]
+    if args.profile:
+        for size in sizes:
+            profiled(lambda size=size: steady_decode(size, args.steps))
+        return
+    if args.model is None:
+        settings = {"sizes": sizes, "steps": args.steps}
+        finish("engine-host-time", settings, host_times(sizes, args.steps), args.out)
+        return
+    model = embedded_model() if str(args.model) == "haiku" else args.model
+    context = args.prompt + args.tokens + 1
+    config = WorkerConfig(model=model, device=args.device, context_length=context, max_batch=args.batch)
+    settings = {name: getattr(args, name) for name in ("device", "batch", "prompt", "tokens", "repeat")}
+    numbers = model_speed(config, args.batch, args.prompt, args.tokens, args.repeat)
+    finish("engine-model", settings, numbers, args.out)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,11 @@ def test_paths_that_hold_no_model(tmp_path: Path) -> None:
 
 
 def test_plan(model: Path) -> None:
-    report = json.loads(ok("plan", model, "--json", "--device", "cpu", "--context-length", "100"))
+    report = json.loads(ok("plan", model, "--json", "--device", "cpu", "--context-length", "100", "--max-batch", "1"))
     assert report["total_bytes"] == sum(item["bytes"] for item in report["items"])
     purposes = {item["purpose"]: item["bytes"] for item in report["items"]}
     assert purposes["weights"] == report["tensor_bytes"]  # this file is float32 already
-    assert purposes["kv_cache"] == 2 * 2 * 4 * 24 * 4 * 100
+    assert purposes["kv_cache"] == 2 * 2 * 4 * 24 * 4 * 128  # whole blocks of 32 tokens
     assert "total" in ok("plan", model).decode()
     assert failure("plan", "/nonexistent.gguf").startswith("MODEL_LOAD_FAILED: ")
 

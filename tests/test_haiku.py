@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from worker_orcd.assemble import Blueprint, Texts, build_engine, draw_up, embedded_model, load_runtime, load_texts
+from worker_orcd.assemble import Blueprint, Texts, build_core, draw_up, embedded_model, load_runtime, load_texts
 from worker_orcd.config import WorkerConfig
-from worker_orcd.engine.engine import SerialEngine
-from worker_orcd.engine.request import Finished, Request, SamplingParams, Token
+from worker_orcd.engine.engine import BatchEngine
+from worker_orcd.engine.metrics import NoOpMetrics
+from worker_orcd.engine.request import Finished, Request, SamplingParams, Tokens
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "haiku"
 THEMES = ["GPU computing", "the sea", "autumn rain", "coffee", "my cat", "a train at night", "zygotes", "love"]
@@ -28,21 +29,29 @@ class Haiku:
         self.blueprint: Blueprint = draw_up(config)
         self.texts: Texts = load_texts(config, self.blueprint)
         runtime = load_runtime(config, self.blueprint, lambda *_: None)
-        self.engine: SerialEngine = build_engine(config, self.blueprint, runtime, self.texts.tokenizer)
+        tokenizer = self.texts.tokenizer
+        core, facts = build_core(config, self.blueprint, runtime, tokenizer.eog_ids, list(tokenizer.unsampleable))
+        self.engine = BatchEngine(core, facts, 64, NoOpMetrics())
 
-    def ask(self, prompt: str, seed: int, *, chat: bool = False, temperature: float = 0.7) -> list[int]:
-        """Ids of the answer, which must have ended by itself."""
+    def ask(self, asked: list[tuple[str, int]], *, chat: bool = False, temperature: float = 0.7) -> list[list[int]]:
+        """Ids of the answers to all (prompt, seed), asked at once; each must have ended by itself."""
+
+        async def all_of_them() -> list[list[int]]:
+            return await asyncio.gather(*(self._answer(prompt, seed, temperature) for prompt, seed in asked))
+
         if chat:
-            assert self.texts.chat_template is not None
-            prompt = self.texts.chat_template.render([{"role": "user", "content": prompt}])
-        ids = self.texts.tokenizer.encode(prompt)
-        return asyncio.run(self._collect(Request("x", ids, 60, SamplingParams(seed, temperature))))
+            template = self.texts.chat_template
+            assert template is not None
+            asked = [(template.render([{"role": "user", "content": prompt}]), seed) for prompt, seed in asked]
+        return asyncio.run(all_of_them())
 
-    async def _collect(self, request: Request) -> list[int]:
+    async def _answer(self, prompt: str, seed: int, temperature: float) -> list[int]:
+        ids = self.texts.tokenizer.encode(prompt)
+        request = Request(f"{prompt} {seed}", ids, 60, SamplingParams(seed, temperature))
         events = [event async for event in self.engine.run(request)]
         assert isinstance(events[-1], Finished)
         assert events[-1].reason == "eos"
-        return [event.id for event in events if isinstance(event, Token)]
+        return [token for event in events if isinstance(event, Tokens) for token in event.ids]
 
     def text(self, ids: list[int]) -> str:
         return self.texts.tokenizer.decode(ids).strip()
@@ -73,16 +82,17 @@ def test_it_is_small(haiku: Haiku) -> None:
 @pytest.mark.parametrize("chat", [False, True])
 def test_answers_scan_and_differ(haiku: Haiku, is_haiku, chat: bool) -> None:  # type: ignore[no-untyped-def]
     asked = [(f"Write a haiku about {theme}", seed) for theme in THEMES for seed in range(3)]
-    answers = [haiku.text(haiku.ask(prompt, seed, chat=chat)) for prompt, seed in asked]
+    answers = [haiku.text(ids) for ids in haiku.ask(asked, chat=chat)]
     assert sum(map(is_haiku, answers)) >= 0.9 * len(answers), answers
     assert len(set(answers)) >= 0.9 * len(answers)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_the_same_seed_gives_the_same_ids(haiku: Haiku, temperature: float) -> None:
-    prompt = "Write a haiku about GPU computing"
-    runs = [haiku.ask(prompt, 42, temperature=temperature) for _ in range(3)]
-    assert runs[0] == runs[1] == runs[2]
+    asked = [(f"Write a haiku about {theme}", 42) for theme in THEMES]
+    alone = [haiku.ask([one], temperature=temperature)[0] for one in asked]
+    assert haiku.ask(asked, temperature=temperature) == alone
+    assert haiku.ask(asked[::-1], temperature=temperature) == alone[::-1]
 
 
 def test_the_command_shows_it_and_stops_the_worker() -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,88 +13,17 @@ from typing import Any
 
 import pytest
 
+from tests.workers import PROMPT, Worker, catches, real_worker
 from worker_orcd.assemble import embedded_model
 
-PROMPT = "Write a haiku about GPU computing"
 FIVE = ["0", "25", "50", "75", "100"]
-
-
-class Worker:
-    """`worker-orcd serve` on the embedded model; its log lines as they come."""
-
-    def __init__(self, *flags: str, port: int | None = None) -> None:
-        self.port = port or self._free_port()
-        command = [sys.executable, "-m", "worker_orcd", "serve", "--device", "cpu", "--port", str(self.port), *flags]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    @staticmethod
-    def _free_port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
-
-    def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        events = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
-        return [event for event in events if name in (None, event["event"])]
-
-    def wait_for(self, name: str) -> dict[str, Any]:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if found := self.events(name):
-                return found[0]
-            assert self.process.poll() is None, self.lines
-            time.sleep(0.02)
-        raise AssertionError(f"no {name} in {self.lines}")
-
-    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        with contextlib.closing(connection):
-            connection.request(method, path, None if body is None else json.dumps(body))
-            response = connection.getresponse()
-            return response.status, response.read()
-
-    def execute(self, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
-        body = {"job_id": os.urandom(8).hex(), "prompt": PROMPT, "seed": 42} | fields
-        status, raw = self.request("POST", "/execute", body)
-        assert status == 200, raw
-        blocks = [b for b in raw.decode().split("\n\n") if b and not b.startswith(":")]
-        return [(b.split("\n")[0][7:], json.loads(b.split("\n")[1][6:])) for b in blocks]
-
-    def end(self, timeout: float = 20) -> int:
-        status = self.process.wait(timeout)
-        self.reader.join(5)
-        return status
-
-
-@contextlib.contextmanager
-def worker(*flags: str, port: int | None = None) -> Iterator[Worker]:
-    running = Worker(*flags, port=port)
-    try:
-        yield running
-    finally:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Worker]:
-    with worker() as running:
+    with real_worker() as running:
         running.wait_for("ready")
         yield running
-
-
-def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler for the signal (proc(5), SigCgt)."""
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def ids(events: list[tuple[str, dict[str, Any]]]) -> list[int]:
@@ -133,7 +57,7 @@ def test_the_same_request_gives_the_same_ids_in_two_processes(served: Worker, te
     fields = {"temperature": temperature, "max_tokens": 50}
     first = ids(served.execute(**fields))
     assert ids(served.execute(**fields)) == first
-    with worker() as other:
+    with real_worker() as other:
         other.wait_for("ready")
         assert ids(other.execute(**fields)) == first
 
@@ -146,7 +70,7 @@ def test_stop_string_limits_and_template(served: Worker) -> None:
     assert events[-1][1]["stop_sequence_matched"] == stop
     assert "".join(data.get("t", "") for _, data in events) == whole[: whole.index(stop)]
     assert served.execute(max_tokens=3)[-1][1] | {"decode_time_ms": 0} == {
-        "tokens_out": 3, "decode_time_ms": 0, "stop_reason": "max_tokens", "seed": 42,
+        "tokens_out": 3, "decode_time_ms": 0, "stop_reason": "max_tokens", "seed": 42, "cached_tokens": 0,
     }  # fmt: skip
     assert served.execute(temperature=0, apply_chat_template=True)[0][1]["prompt_tokens"] > len(PROMPT.split())
 
@@ -193,7 +117,7 @@ def test_no_text_in_the_log(served: Worker) -> None:
 
 
 def test_shutdown_over_http_ends_with_status_0() -> None:
-    with worker() as running:
+    with real_worker() as running:
         running.wait_for("ready")
         assert running.request("POST", "/shutdown")[0] == 202
         assert running.end() == 0
@@ -203,7 +127,7 @@ def test_shutdown_over_http_ends_with_status_0() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["startup", "model_load_start", "ready"])
 def test_signals_end_it_cleanly_at_any_moment(number: signal.Signals, moment: str) -> None:
-    with worker() as running:
+    with real_worker() as running:
         running.wait_for(moment)
         running.process.send_signal(number)
         assert running.end() == 0
@@ -212,7 +136,7 @@ def test_signals_end_it_cleanly_at_any_moment(number: signal.Signals, moment: st
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.5, 1.0])
 def test_signals_before_the_first_line_of_the_log(delay_s: float) -> None:
-    with worker() as running:
+    with real_worker() as running:
         while not catches(running.process.pid, signal.SIGTERM):
             time.sleep(0.01)
         time.sleep(delay_s)
@@ -223,7 +147,7 @@ def test_signals_before_the_first_line_of_the_log(delay_s: float) -> None:
 
 @pytest.mark.parametrize("gap_s", [0.05, 0.3, 0.6])
 def test_a_second_signal_does_not_cut_the_end(gap_s: float) -> None:
-    with worker() as running:
+    with real_worker() as running:
         running.wait_for("ready")
         running.process.terminate()
         time.sleep(gap_s)
@@ -239,7 +163,7 @@ def test_a_job_id_is_free_as_soon_as_its_stream_has_ended(served: Worker) -> Non
 
 
 def test_sigterm_lets_a_running_answer_finish() -> None:
-    with worker() as running:
+    with real_worker() as running:
         running.wait_for("ready")
         answers: list[list[tuple[str, dict[str, Any]]]] = []
         asking = threading.Thread(target=lambda: answers.append(running.execute(temperature=0)))
@@ -252,7 +176,7 @@ def test_sigterm_lets_a_running_answer_finish() -> None:
 
 
 def test_a_port_in_use_is_one_clear_line(served: Worker) -> None:
-    with worker(port=served.port) as second:
+    with real_worker(port=served.port) as second:
         assert second.end() == 1
         assert f"port {served.port}" in second.lines[-1]
         assert second.lines[-1].startswith("WORKER_START_FAILED: ")
@@ -262,7 +186,7 @@ def test_a_port_in_use_is_one_clear_line(served: Worker) -> None:
 def test_a_bad_model_is_one_clear_line_and_a_fatal_event(tmp_path: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF" + b"\0" * 60)
-    with worker("--model", str(bad)) as running:
+    with real_worker("--model", str(bad)) as running:
         assert running.end() == 1
         assert running.lines[-1].startswith("MODEL_LOAD_FAILED: ")
         assert running.events("error")[0]["code"] == "MODEL_LOAD_FAILED"
@@ -271,7 +195,7 @@ def test_a_bad_model_is_one_clear_line_and_a_fatal_event(tmp_path: Path) -> None
 def test_a_file_that_vanishes_while_serving_changes_nothing(served: Worker, tmp_path: Path) -> None:
     copy = tmp_path / "a model with späces.gguf"
     copy.write_bytes(embedded_model().read_bytes())
-    with worker("--model", str(copy)) as running:
+    with real_worker("--model", str(copy)) as running:
         running.wait_for("ready")
         with copy.open("r+b") as file:
             file.truncate(100)
@@ -284,7 +208,7 @@ def test_a_file_cut_while_starting_ends_in_an_error_or_a_sound_worker(tmp_path: 
     """Never a signal and never a traceback, whenever it happens."""
     copy = tmp_path / "model.gguf"
     copy.write_bytes(embedded_model().read_bytes())
-    with worker("--model", str(copy)) as running:
+    with real_worker("--model", str(copy)) as running:
         time.sleep(delay_s)
         with copy.open("r+b") as file:
             file.truncate(2_000_000)

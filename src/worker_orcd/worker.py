@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -58,6 +59,8 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         metrics = PrometheusMetrics(config.worker_id, facts.info.quant_kind, facts.num_blocks, facts.vram_bytes)
         engine = EngineClient(link, facts, config.max_queue, metrics)
         app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator, metrics)
+        gc.collect()
+        gc.freeze()  # what is there now stays; collecting it again and again would hold streams up
         return serve(app, listener, engine, narrator)
     except Stopped:
         narrator.narrate("shutdown", "stopped before serving", action="stop", reason="signal", exit_code=0)

@@ -195,7 +195,8 @@ def slow_filter(weights: list[int], p: SamplingParams) -> list[int]:
 def test_filters_keep_what_a_slow_loop_keeps(weights: list[int], top_k: int, top_p: float, min_p: float) -> None:
     params = SamplingParams(0, 1.0, top_k, top_p, min_p)
     neighbour = [1] * len(weights)
-    got = filtered(torch.tensor([neighbour, weights]), batch([sequence(SamplingParams(0)), sequence(params)]))
+    both = torch.tensor([neighbour, weights])
+    got = filtered(both, both, batch([sequence(SamplingParams(0)), sequence(params)]))
     assert got.tolist() == [neighbour, slow_filter(weights, params)]
 
 
@@ -203,7 +204,7 @@ def test_a_row_without_filters_keeps_all_its_weights_beside_one_with() -> None:
     """Above 2^53 a float64 cannot tell the last small weights from nothing; such a row must not be cut."""
     weights = torch.full((1, 2**16), 2**40)
     weights[0, 5:9] = torch.tensor([1, 2, 3, 0])
-    assert torch.equal(filtered(weights, batch([sequence(SamplingParams(0))])), weights)
+    assert torch.equal(filtered(weights, weights, batch([sequence(SamplingParams(0))])), weights)
 
 
 # ---------------------------------------------------------------------- greedy, penalty, unsampleable

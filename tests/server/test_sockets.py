@@ -146,7 +146,7 @@ def test_what_waits_for_a_slow_reader_is_bounded(server: Live, monkeypatch: pyte
         eventually(lambda: any(peer.flow.write_paused for peer in peers))
         time.sleep(0.1)
         unsent = max(peer.transport.get_write_buffer_size() for peer in peers)
-        assert unsent < 64 * 1024 + 24 * 1024  # the mark, and the write that passed it
+        assert unsent < 16 * 1024 + 24 * 1024  # the mark, and the write that passed it
     check_freed(server, "bounded")
 
 

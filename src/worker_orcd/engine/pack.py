@@ -35,8 +35,12 @@ def pack(plan: Plan, device: torch.device, last_sampled: Tensor | None = None) -
             tokens += [*seq.tokens[first:], 0]
         else:
             tokens += seq.tokens[first:last]
-        positions += range(first, last)
-        slots += [blocks[p // block_size] * block_size + p % block_size for p in range(first, last)]
+        if chunk.num_tokens == 1:  # most chunks; the general way costs a tenth of the step
+            positions.append(first)
+            slots.append(blocks[first // block_size] * block_size + first % block_size)
+        else:
+            positions += range(first, last)
+            slots += [blocks[p // block_size] * block_size + p % block_size for p in range(first, last)]
         starts.append(len(tokens))
         lens.append(last)
         if chunk.samples:

@@ -151,7 +151,7 @@ class Sampler:
             return best, is_finite
         weights = (torch.exp(scores - scores.amax(-1, keepdim=True)) * UNITS).round().long()
         if batch.has_filters:
-            weights = filtered(weights, batch)
+            weights = filtered(scores, weights, batch)
         return torch.where(batch.is_greedy[:, 0], best, draw(weights, batch.uniform)), is_finite
 
 
@@ -165,9 +165,10 @@ def penalize(scores: Tensor, batch: SamplingBatch) -> None:
     scores[batch.seen_rows, batch.seen_ids] = changed  # doubles write the same value
 
 
-def filtered(weights: Tensor, batch: SamplingBatch) -> Tensor:
+def filtered(scores: Tensor, weights: Tensor, batch: SamplingBatch) -> Tensor:
     """Weights i64 [R, V] with 0 for what top-k, top-p (arXiv:1904.09751) or min-p (arXiv:2407.01082) leaves out."""
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    ordered = weights.gather(-1, order)
     rank = torch.arange(weights.shape[-1], device=weights.device)
     in_top_k = rank < batch.top_k
     ordered = ordered * in_top_k

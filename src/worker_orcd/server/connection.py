@@ -1,7 +1,7 @@
 """One TCP connection: bounds on what a peer may send, how slowly it may send or read, and noticing that it left.
 
 The HTTP parsing and the ASGI cycle are uvicorn's; this adds what it leaves open. Limits: request target 8 KiB, head
-32 KiB and 64 fields within 10 s; 12 MiB of body with its framing; 64 KiB unsent for at most 30 s; 2048 connections,
+32 KiB and 64 fields within 10 s; 12 MiB of body with its framing; 16 KiB unsent for at most 30 s; 2048 connections,
 beyond which the oldest without a request in progress gives way to the newcomer.
 """
 
@@ -25,6 +25,7 @@ MAX_FIELDS = 64
 MAX_WIRE_BYTES = 3 * MAX_BODY_BYTES  # room for framing, and for the rest of a body that was refused
 HEAD_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 30.0
+MAX_UNSENT_BYTES = 16 * 1024  # a buffered write of a few bytes costs several hundred besides
 MAX_CONNECTIONS = 2048
 
 
@@ -39,6 +40,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         self._expect_head()
         if len(self.connections) > MAX_CONNECTIONS:
             self._evict()

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
 
 
+QUICK_BYTES = 2048
+
+
 class ChatTemplate(Protocol):
     """Renders messages to the text the model was trained on; raises TemplateError."""
 
@@ -45,7 +48,7 @@ class Prepared:
 
 
 class Preparer:
-    """Turns bodies into requests. Pure and blocking: runs on a thread."""
+    """Turns bodies into requests. Pure and blocking: what is not quick belongs on a thread."""
 
     def __init__(
         self, engine: InferenceEngine, tokenizer: Tokenizer, template: ChatTemplate | None, config: WorkerConfig
@@ -57,6 +60,11 @@ class Preparer:
         self._rules = execute_rules(config.max_tokens_out, engine.info.vocab_size)
         longest = engine.info.context_length - 1  # room for one answer token
         self._max_prompt_tokens = min(config.max_tokens_in or longest, longest)
+
+    @staticmethod
+    def is_quick(raw: bytes) -> bool:
+        """Whether preparing takes well below a millisecond: a short body whose prompt goes through no template."""
+        return len(raw) <= QUICK_BYTES and b"template" not in raw and b"\\u" not in raw  # which could spell it
 
     def prepare(self, raw: bytes, remaining_s: float | None) -> Prepared:
         """The request in `raw`, its time bounded by `remaining_s`; raises InvalidRequest naming every bad field."""

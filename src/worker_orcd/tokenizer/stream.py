@@ -38,7 +38,10 @@ class TextStream:
         """Add a token; returns the text that may be shown now, "" after a stop string."""
         if self.matched is not None:
             return ""
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if not self._stop:
+            return text  # the decoder alone holds back what is not complete
+        self._held += text
         return self._release(final=False)
 
     def finish(self) -> str:
