@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,7 +53,7 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
 
     code: str
     message: str
-    details: dict[str, str | int]
+    details: dict[str, Any]
 
     @classmethod
     def by(cls, error: Exception) -> Broken:

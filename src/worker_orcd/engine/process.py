@@ -33,6 +33,8 @@ CLOSE_S = 5.0  # an engine gets to end in order before it is killed
 MAX_DRAINED = 32  # messages taken in one go; then others get their turn
 
 STDIN = 0
+DIRECTORY_PREFIX = "worker-orcd-"
+MAX_DIRECTORY_BYTES = 90  # the kernel allows 107 for the path of a Unix socket
 FATAL_EXIT = 3  # exit status of an engine that could not go on
 
 
@@ -55,7 +57,7 @@ class ProcessLink:
     """The API process's end; starts the child, which is loading from then on."""
 
     def __init__(self, module: str) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="worker-orcd-"))
+        self._directory = _private_directory()
         address = f"ipc://{self._directory / 'engine'}"
         self._context = zmq.Context(io_threads=1)
         self._socket = _pair(self._context)
@@ -99,7 +101,8 @@ class ProcessLink:
         loop.call_soon(self._drain)
 
     def send(self, command: Command) -> None:
-        self._socket.send(_encoder.encode(command), zmq.NOBLOCK)
+        with contextlib.suppress(zmq.Again):  # nobody is there any more; whoever looks after us will notice
+            self._socket.send(_encoder.encode(command), zmq.NOBLOCK)
         if self._loop is not None:
             self._loop.call_soon(self._drain)  # the descriptor tells of changes only, and sending may hide one
 
@@ -143,6 +146,15 @@ class ProcessLink:
             for _ in range(MAX_DRAINED):
                 self._receive(_message_decoder.decode(self._socket.recv(zmq.NOBLOCK)))
             self._loop.call_soon(self._drain)
+
+
+def _private_directory() -> Path:
+    """Where the socket lies; its path must be short."""
+    directory = tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
+    if len(os.fsencode(directory)) > MAX_DIRECTORY_BYTES:
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir="/tmp")
+    return Path(directory)
 
 
 def _pair(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
