@@ -19,7 +19,7 @@ haiku: .venv                 ## start a worker on the embedded model and stream 
 	@$(BIN)/worker-orcd haiku --device $(DEVICE)
 
 test: .venv                  ## the whole suite; needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
 
 soak: .venv                  ## the simulation at length: allocator, scheduler, faults
 	$(BIN)/python -m tests.sim.soak

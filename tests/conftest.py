@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import lzma
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share the cores
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 

@@ -171,10 +171,10 @@ class ScriptedEngine:
     def close(self) -> None:
         self.is_closed = True
 
-    def check_room(self) -> None:
+    def check_room(self, num_coming: int = 0) -> None:
         if self.is_closed or self.failure is not None:
             raise ShuttingDown("the engine is closed")
-        if len(self.running) + len(self.waiting) >= self.max_running + self.max_queue:
+        if len(self.running) + len(self.waiting) + num_coming >= self.max_running + self.max_queue:
             raise Overloaded(f"{self.max_queue} requests wait already", retry_after_s=self.status().retry_after_s)
 
     def _admit(self, request: Request) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from tests.server.client import Answer, eventually
-from tests.workers import Worker, fake_worker, is_alive, real_worker, request_body
+from tests.workers import REAL, Worker, fake_worker, is_alive, real_worker, request_body, running
+from worker_orcd.assemble import embedded_model
+from worker_orcd.engine.process import remove_directory
 
 STREAMS = 8
 ENDLESS = {"max_tokens": 2000}  # with SLOW, 10 s of tokens
@@ -57,6 +59,40 @@ def seconds_until(condition: Callable[[], bool], within_s: float) -> float:
     began_s = time.monotonic()
     eventually(condition, within_s)
     return time.monotonic() - began_s
+
+
+# ---------------------------------------------------------------------- odd surroundings
+
+
+def test_a_long_way_to_the_temporary_files(tmp_path: Path) -> None:
+    """The path of a Unix socket is short; TMPDIR need not be."""
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    with fake_worker(temp=deep) as worker:
+        worker.wait_for("ready")
+        assert worker.execute(max_tokens=3)[-1][0] == "end"
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.end() == 0
+    assert list(deep.iterdir()) == []
+
+
+def test_a_closed_standard_output_and_a_model_whose_name_is_not_text(temp: Path) -> None:
+    model = os.fsencode(temp) + b"/m\xff.gguf"
+    Path(os.fsdecode(model)).write_bytes(embedded_model().read_bytes())
+    command = ("sh", "-c", 'exec "$@" >&-', "sh", *REAL, "--model", os.fsdecode(model))
+    with running(command, temp=temp) as worker:
+        worker.wait_for("ready")
+        assert worker.execute(max_tokens=3)[-1][0] == "end"
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.end() == 0
+    os.unlink(model)
+
+
+def test_the_engine_removes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "engine").touch()
+    (tmp_path / "precious").touch()
+    remove_directory(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 # ---------------------------------------------------------------------- the engine ends

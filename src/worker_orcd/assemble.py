@@ -86,6 +86,8 @@ def _cache_size(config: WorkerConfig, spec: ModelSpec) -> CacheSize:
         cache = size_paged(per_token, context, config.max_batch, limit, config.kv_block_size)
     else:
         cache = size_contiguous(per_token, context, config.max_batch, limit)
+    if context < 2:
+        raise StartFailed(f"context_length is {context}; a prompt token and an answer token need 2")
     if cache.context_length < 2:
         raise StartFailed(
             f"kv_cache_size_mb is {config.kv_cache_size_mb}; a token takes {per_token} bytes, and the smallest cache "
@@ -215,9 +217,10 @@ def build_core(
     from worker_orcd.engine.scheduler import SchedulerLimits
 
     gguf, spec, cache, device = blueprint.gguf, blueprint.spec, blueprint.cache, runtime.device
+    printable_path = os.fsencode(gguf.path).decode("utf-8", "backslashreplace")
     info = ModelInfo(
         name=_model_name(gguf),
-        path=str(gguf.path),
+        path=printable_path,
         architecture=spec.architecture,
         quant_kind=gguf.quant_kind,
         context_length=cache.context_length,
@@ -229,7 +232,7 @@ def build_core(
         config.max_batch, blueprint.max_step_tokens, cache.context_length, config.scheduling_policy
     )
     step = PlainStep(runtime, Sampler(unsampleable, device))
-    core = EngineCore(step, limits, eog_ids, {"model": str(gguf.path), "cache": "float32"})
+    core = EngineCore(step, limits, eog_ids, {"model": printable_path, "cache": "float32"})
     slowest_s = warm_up(core, limits.max_step_tokens, cache.context_length)
     vram_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     facts = EngineFacts(info, cache.num_blocks, cache.block_size, config.max_batch, vram_bytes, slowest_s)

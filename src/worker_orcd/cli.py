@@ -158,7 +158,8 @@ def main() -> None:
     _open_standard_files()
     try:
         status = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed before we began
+            sys.stdout.flush()
     except CycloptsError as error:
         status = _fail("WORKER_START_FAILED", str(error))
     except WorkerError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,21 @@ class Setup(msgspec.Struct, frozen=True):
     unsampleable: list[int]  # token ids that must never be generated
 
     def encode(self) -> bytes:
-        return msgspec.json.encode(self, enc_hook=str)
+        return msgspec.json.encode(self, enc_hook=_bytes_of)
 
     @classmethod
     def decode(cls, line: bytes) -> Setup:
         return msgspec.json.decode(line, type=cls, dec_hook=_path)
 
 
-def _path(kind: type, value: Any) -> Any:
+def _bytes_of(path: Path) -> str:
+    """A path is bytes, not text: one character for each."""
+    return os.fsencode(path).decode("latin-1")
+
+
+def _path(kind: type, value: str) -> Path:
     assert kind is Path
-    return Path(value)
+    return Path(os.fsdecode(value.encode("latin-1")))
 
 
 def main() -> int:

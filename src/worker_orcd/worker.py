@@ -26,6 +26,7 @@ from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
 from worker_orcd.signals import Stopped
 
+SWITCH_S = 0.0005  # how long the event loop waits for a thread that prepares a long prompt; Python's own is 5 ms
 ENGINE_MODULE = "worker_orcd.engine_process"
 
 
@@ -59,6 +60,7 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         metrics = PrometheusMetrics(config.worker_id, facts.info.quant_kind, facts.num_blocks, facts.vram_bytes)
         engine = EngineClient(link, facts, config.max_queue, metrics)
         app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator, metrics)
+        sys.setswitchinterval(SWITCH_S)
         gc.collect()
         gc.freeze()  # what is there now stays; collecting it again and again would hold streams up
         return serve(app, listener, engine, narrator)

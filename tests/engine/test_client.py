@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from tests.engine.scripted import INFO, request
@@ -24,6 +25,7 @@ class FakeLink:
         self.sent: list[Command] = []
         self.gone: WorkerError | None = None
         self.num_attached, self.closed = 0, list[bool]()
+        self.cpu_per_look_s, self._cpu_s = 0.0, 0.0
         self.receive: Callable[[Message], None] = lambda _: None
 
     def attach(self, loop: asyncio.AbstractEventLoop, receive: Callable[[Message], None]) -> None:
@@ -36,6 +38,10 @@ class FakeLink:
 
     def failure(self) -> WorkerError | None:
         return self.gone
+
+    def cpu_s(self) -> float:
+        self._cpu_s += self.cpu_per_look_s
+        return self._cpu_s
 
     def close(self, is_orderly: bool = True) -> None:
         self.closed.append(is_orderly)
@@ -63,9 +69,12 @@ def step_stats(step_ms: float = 1.0, num_running: int = 1) -> StepStats:
 
 
 class Rig:
-    def __init__(self, max_batch: int = 2, max_queue: int = 1, slowest_step_s: float = 0.01) -> None:
+    def __init__(
+        self, max_batch: int = 2, max_queue: int = 1, slowest_step_s: float = 0.01, backend: str = "test"
+    ) -> None:
         self.link, self.metrics = FakeLink(), CountingMetrics()
-        facts = EngineFacts(INFO, 16, 4, max_batch, 1000, slowest_step_s)
+        info = msgspec.structs.replace(INFO, backend=backend)
+        facts = EngineFacts(info, 16, 4, max_batch, 1000, slowest_step_s)
         self.client = EngineClient(self.link, facts, max_queue, self.metrics)
 
     async def open(self, name: str, **fields: object) -> asyncio.Task[list[Event]]:
@@ -316,6 +325,27 @@ def test_an_engine_with_work_that_stands_still_is_given_up(
         assert failed.code == "INTERNAL"
         assert "made no progress" in failed.message
         assert not rig.client.status().ready
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("backend", "cpu_per_look_s", "is_given_up"),
+    [("torch-reference", 0.09, False), ("torch-reference", 0.001, True), ("another", 0.09, True)],
+)
+def test_a_reference_step_that_is_being_computed_may_take_long(
+    backend: str, cpu_per_look_s: float, is_given_up: bool
+) -> None:
+    """A late chunk of a long prompt takes many times the usual step; it is not repeated over and over."""
+
+    async def scenario() -> None:
+        rig = Rig(backend=backend)
+        rig.link.cpu_per_look_s = cpu_per_look_s
+        task = await rig.open("a")
+        rig.look(60.0)
+        assert rig.client.status().ready is not is_given_up
+        rig.client.close()
+        await task
 
     asyncio.run(scenario())
 

@@ -152,7 +152,9 @@ class FakeStep:
     clock_s: float = 0.0
     num_refused: int = 0  # times that room was refused without need
     plans: list[Plan] = field(default_factory=list)  # all that were tried
-    starts: list[tuple[int, int, int]] = field(default_factory=list)  # number, prompt tokens, cached ones
+    starts: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # number, prompt tokens, cached; 0 of those who resume
     last: FakeLaunched | None = None
 
     max_new_tokens = 1
@@ -176,7 +178,8 @@ class FakeStep:
             raise
         seq.table, seq.num_computed, seq.num_cached = table, hits * self.block_size, hits * self.block_size
         self.held[seq.number], self.reserved[seq.number] = seq, seq.num_tokens
-        self.starts.append((seq.number, seq.num_prompt, min(seq.num_cached, seq.num_prompt)))
+        is_first = seq.num_preempted == 0
+        self.starts.append((seq.number, seq.num_prompt * is_first, seq.num_cached * is_first))
 
     def grow(self, seq: Sequence, tokens: int, spare: int) -> None:
         assert seq.table is not None

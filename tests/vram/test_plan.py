@@ -75,7 +75,8 @@ def test_constants_are_those_of_the_backend() -> None:
 def test_device_decides_the_place_and_the_context(model: Path) -> None:
     cpu, cuda = (draw_up(WorkerConfig(model=model, device=d, max_tokens_per_step=64)).plan for d in ("cpu", "cuda"))
     assert (cpu.place, cuda.place) == ("host memory", "VRAM")
-    assert cuda.total_bytes - cpu.total_bytes == plan_module.CUDA_CONTEXT_BYTES
+    without = plan_module.CUDA_CONTEXT_BYTES - plan_module.PROCESS_BYTES
+    assert cuda.total_bytes - cpu.total_bytes == without
 
 
 @pytest.mark.parametrize(

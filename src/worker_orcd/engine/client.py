@@ -40,6 +40,8 @@ from worker_orcd.errors import (
 WATCH_S = 0.1  # between two looks at the engine
 MIN_STALL_S = 5.0  # without progress for so long, and for STALL_STEPS steps, an engine with work hangs
 STALL_STEPS = 20
+REFERENCE = "torch-reference"
+WORK_S = 0.5  # processor time in which a hanging engine is told from a slow one
 UNHEALTHY_CODES = frozenset({"VRAM_OOM", "INTERNAL"})
 NO_STEP = StepStats(0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -57,6 +59,10 @@ class Link(Protocol):
         """Why nobody is at the other end any more."""
         ...
 
+    def cpu_s(self) -> float:
+        """Processor time the engine has used so far."""
+        ...
+
     def close(self, is_orderly: bool = True) -> None:
         """End the engine; one that cannot be expected to listen any more is not asked. Idempotent."""
         ...
@@ -65,14 +71,15 @@ class Link(Protocol):
 class _Stream:
     """The events of one request that its reader has not taken yet."""
 
-    __slots__ = ("arrived_s", "events", "has_ended", "is_started", "number", "request", "waiter")
+    __slots__ = ("arrived_s", "events", "has_ended", "number", "request", "started_s", "waiter")
 
     def __init__(self, number: int, request: Request) -> None:
         self.number, self.request = number, request
         self.arrived_s = time.monotonic()
         self.events: deque[Event] = deque()
         self.waiter: asyncio.Future[None] | None = None
-        self.is_started = self.has_ended = False
+        self.started_s: float | None = None
+        self.has_ended = False
 
     def post(self, event: Event) -> None:
         if self.events and isinstance(event, Tokens) and isinstance(last := self.events[-1], Tokens):
@@ -103,7 +110,8 @@ class EngineClient:
         self._stats = NO_STEP
         self._step_s: deque[float] = deque([facts.slowest_step_s], maxlen=101)
         self._stalled_s = 0.0  # without progress although there is work
-        self._mean_job_s = 1.0
+        self._worked_s = 0.0  # processor time of the engine when it was last seen at work
+        self._mean_job_s: float | None = None  # from start to end, however it ended
         self._is_healthy, self._is_closed = True, False
         self._drift = ""
         self._failure: WorkerError | None = None
@@ -122,11 +130,11 @@ class EngineClient:
         finally:
             self._end_early(stream, Cancelled("the client went away"))
 
-    def check_room(self) -> None:
+    def check_room(self, num_coming: int = 0) -> None:
         if self._failure is not None or self._is_closed:
             raise ShuttingDown("the worker is shutting down; send the request to another one")
         limit = self._facts.max_batch + self._max_queue
-        if len(self._streams) >= limit:
+        if len(self._streams) + num_coming >= limit:
             raise Overloaded(
                 f"{len(self._streams)} requests are running or waiting; {self._facts.max_batch} may run and "
                 f"{self._max_queue} may wait",
@@ -141,7 +149,7 @@ class EngineClient:
 
     def status(self) -> EngineStatus:
         stats, reason = self._stats, self._unready_reason()
-        num_running = sum(stream.is_started for stream in self._streams.values())
+        num_running = sum(stream.started_s is not None for stream in self._streams.values())
         return EngineStatus(
             healthy=self._is_healthy and self._failure is None,
             ready=not reason,
@@ -190,13 +198,21 @@ class EngineClient:
     def _retry_after_s(self, num_waiting: int) -> int:
         """When one more than those who wait now would be served, at the present pace."""
         at_once = max(1, self._stats.num_running)
-        return max(1, min(600, round(self._mean_job_s * (num_waiting + 1) / at_once)))
+        return max(1, min(600, round((self._mean_job_s or 1.0) * (num_waiting + 1) / at_once)))
+
+    def _learn(self, job_s: float) -> None:
+        """How long jobs take, from admission to their end."""
+        mean = job_s if self._mean_job_s is None else self._mean_job_s
+        self._mean_job_s = mean + 0.2 * (job_s - mean)
 
     def _end_early(self, stream: _Stream, error: WorkerError) -> None:
         """The reader hears of it now; the engine frees what it holds before its next step."""
         if not stream.has_ended:
+            now = time.monotonic()
+            if stream.started_s is not None:
+                self._learn(now - stream.started_s)  # a stop string ends a job this way, too
             self._end(stream, Failed(error.code, error.message, error.retriable))
-            self._leaving[stream.number] = time.monotonic()
+            self._leaving[stream.number] = now
             if self._failure is None and not self._is_closed:
                 self._link.send(Cancel(stream.number))
 
@@ -236,13 +252,13 @@ class EngineClient:
             stream.post(event)
             return
         if isinstance(event, Started):
-            stream.is_started = True
-            self._metrics.record_queue_time((time.monotonic() - stream.arrived_s) * 1e3)
+            stream.started_s = time.monotonic()
+            self._metrics.record_queue_time((stream.started_s - stream.arrived_s) * 1e3)
             stream.post(event)
             return
         if isinstance(event, Finished):
             self._is_healthy = True
-            self._mean_job_s += 0.1 * (event.timings.decode_ms / 1e3 - self._mean_job_s)
+            self._learn(event.timings.decode_ms / 1e3)
         elif event.code in UNHEALTHY_CODES:
             self._is_healthy = False  # until the next request succeeds
         self._end(stream, event)
@@ -254,7 +270,11 @@ class EngineClient:
         if (gone := self._link.failure()) is not None:
             self._break(gone)
             return
-        self._stalled_s = self._stalled_s + WATCH_S if self._streams else 0.0
+        if not self._streams:
+            return
+        self._stalled_s += WATCH_S
+        if self.info.backend == REFERENCE and self._link.cpu_s() - self._worked_s > WORK_S:
+            self._worked_s, self._stalled_s = self._link.cpu_s(), 0.0  # its steps may take long, but it works on one
         if self._stalled_s > self._stall_limit_s():
             self._break(Internal(f"the engine made no progress for {self._stalled_s:.1f} s and is given up"))
 

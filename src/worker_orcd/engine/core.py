@@ -119,6 +119,7 @@ class EngineCore:
         if self._in_flight is not None and self._scheduler.is_tight():
             self._settle()  # someone may have to yield, and yields only what nobody is writing to
         plan, admitted = self._scheduler.plan()
+        admitted = [seq for seq in admitted if seq.started_s is None]  # the others resume
         for seq in admitted:
             self._begin(seq)
         launched = self._launch(plan) if plan else None
@@ -132,9 +133,8 @@ class EngineCore:
         return Output(events, stats)
 
     def _begin(self, seq: Sequence) -> None:
-        if seq.started_s is None:
-            seq.started_s = self._clock()
-            self._events.append((seq.number, Started(min(seq.num_cached, seq.num_prompt))))
+        seq.started_s = self._clock()
+        self._events.append((seq.number, Started(seq.num_cached)))
 
     # ------------------------------------------------------------------ computing
 
@@ -266,7 +266,7 @@ class EngineCore:
             num_preempted=preempted_now,
             num_evicted=evicted_now,
             prompt_tokens=sum(seq.num_prompt for seq in admitted),
-            cached_tokens=sum(min(seq.num_cached, seq.num_prompt) for seq in admitted),
+            cached_tokens=sum(seq.num_cached for seq in admitted),
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from worker_orcd.engine.client import EngineClient
@@ -42,6 +43,9 @@ class ThreadLink:
 
     def failure(self) -> WorkerError | None:
         return None  # a thread that fails says so itself
+
+    def cpu_s(self) -> float:
+        return time.process_time()
 
     def close(self, is_orderly: bool = True) -> None:
         self._inbox.put(Close())

@@ -58,10 +58,16 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
     @classmethod
     def by(cls, error: Exception) -> Broken:
         if isinstance(error, WorkerError):
-            return cls(error.code, error.message, error.details)
+            details = {key: _printable(value) for key, value in error.details.items()}
+            return cls(error.code, _printable(error.message), details)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
         return cls("INTERNAL", f"the engine failed: {place}", {})
+
+
+def _printable(value: Any) -> Any:
+    """Texts may name files, whose names need not be UTF-8."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class Report(msgspec.Struct, frozen=True, tag=True):

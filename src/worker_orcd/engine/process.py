@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,10 +28,11 @@ from worker_orcd.errors import Internal, WorkerError, error_of
 
 POLL_MS = 100
 LAST_WORD_MS = 50
-CLOSE_S = 5.0  # an engine gets to end in order before it is killed
+CLOSE_S = 1.0  # an engine gets to end in order before it is killed; by then nobody waits for it
 MAX_DRAINED = 32  # messages taken in one go; then others get their turn
 
 STDIN = 0
+SOCKET_NAME = "engine"
 DIRECTORY_PREFIX = "worker-orcd-"
 MAX_DIRECTORY_BYTES = 90  # the kernel allows 107 for the path of a Unix socket
 FATAL_EXIT = 3  # exit status of an engine that could not go on
@@ -58,7 +58,7 @@ class ProcessLink:
 
     def __init__(self, module: str) -> None:
         self._directory = _private_directory()
-        address = f"ipc://{self._directory / 'engine'}"
+        address = f"ipc://{self._directory / SOCKET_NAME}"
         self._context = zmq.Context(io_threads=1)
         self._socket = _pair(self._context)
         self._socket.bind(address)
@@ -115,6 +115,14 @@ class ProcessLink:
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         return Internal(f"the engine process ended with {how}")
 
+    def cpu_s(self) -> float:
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        except OSError:
+            return 0.0
+        user, system = stat.rpartition(")")[2].split()[11:13]  # proc(5): fields 14 and 15
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def close(self, is_orderly: bool = True) -> None:
         if self._is_closed:
             return
@@ -131,7 +139,7 @@ class ProcessLink:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._context.destroy(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_directory(self._directory)
 
     def _detach(self) -> None:
         if self._loop is not None and not self._loop.is_closed():
@@ -155,6 +163,13 @@ def _private_directory() -> Path:
         os.rmdir(directory)
         directory = tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir="/tmp")
     return Path(directory)
+
+
+def remove_directory(directory: Path) -> None:
+    """Only what is ours in it, and only if nothing else is."""
+    with contextlib.suppress(OSError):
+        (directory / SOCKET_NAME).unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def _pair(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
@@ -217,5 +232,5 @@ class EngineHost:
             self._setup += chunk
             if self._setup.endswith(b"\n"):
                 self._has_setup.set()
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_directory(directory)
         os._exit(0)

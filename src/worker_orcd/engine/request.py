@@ -141,8 +141,11 @@ class InferenceEngine(Protocol):
         """
         ...
 
-    def check_room(self) -> None:
-        """Raise Overloaded or ShuttingDown if a request sent now would be refused: saves preparing it."""
+    def check_room(self, num_coming: int = 0) -> None:
+        """Raise Overloaded or ShuttingDown if a request sent after `num_coming` others would be refused.
+
+        Saves preparing it.
+        """
         ...
 
     def cancel(self, request_id: str) -> bool:

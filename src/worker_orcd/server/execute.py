@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
@@ -49,6 +50,8 @@ class Execute:
         self._control = control
         self._narrator = narrator
         self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, "prepare")
+        self._num_preparing = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["state"]["exchange"]
@@ -57,7 +60,7 @@ class Execute:
             raise InferenceTimeout("X-Deadline has already passed")
         raw = await read_body(HttpRequest(scope, receive))
         self._control.check_open()
-        self._engine.check_room()
+        self._engine.check_room(self._num_preparing)
         prepared = await self._prepare(raw, exchange)
         with self._control.open(prepared.request.id, exchange.remaining_s()) as job:
             text, stream = TextStream(self._tokenizer, prepared.stop), EventStream(send)
@@ -73,10 +76,19 @@ class Execute:
                     self._metrics.record_inference_complete(outcome, exchange.age_ms(), tokens_in)
 
     async def _prepare(self, raw: bytes, exchange: Exchange) -> Prepared:
-        """On a thread, unless that would take longer than the work: threads wait for each other 5 ms at a time."""
+        """Long work goes to the one thread for it: several would take turns with the event loop, at its cost."""
         if self._preparer.is_quick(raw):
             return self._preparer.prepare(raw, exchange.remaining_s())
-        return await asyncio.to_thread(self._preparer.prepare, raw, exchange.remaining_s())
+        self._num_preparing += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self._prepare_if_open, raw, exchange)
+        finally:
+            self._num_preparing -= 1
+
+    def _prepare_if_open(self, raw: bytes, exchange: Exchange) -> Prepared:
+        self._control.check_open()  # it may have waited; at the end nobody waits for it any more
+        return self._preparer.prepare(raw, exchange.remaining_s())
 
     def _narrate_start(self, prepared: Prepared, exchange: Exchange) -> None:
         request = prepared.request

@@ -17,6 +17,7 @@ from worker_orcd.gguf.reader import TensorInfo
 
 F32, F64, I64 = 4, 8, 8  # bytes
 CUDA_CONTEXT_BYTES = 800 * 2**20  # driver context 621 MiB, libraries and kernels about 100 (H200), and slack
+PROCESS_BYTES = 256 * 2**20  # 228 MiB resident before anything is loaded
 DEFAULT_CACHE_BYTES = 2**28
 SPLIT, QUERY_TILE, ROW_TILE, PIECE_ELEMS = 256, 8, 4, 2**20  # of backends/torch_ref.py; a test holds them equal
 SAMPLE_TILE = 8  # ROW_TILE of engine/sampler.py, likewise
@@ -94,7 +95,7 @@ class Plan:
             parts = ", ".join(f"{item.purpose} {item.nbytes}" for item in self.items)
             raise InsufficientVram(
                 f"{path} needs {self.total_bytes} bytes on {device} ({parts}), {free_bytes} are free; "
-                "lower --context-length, or choose another device",
+                "lower --kv-cache-size-mb, --context-length or --max-tokens-per-step, or choose another device",
                 needed_bytes=self.total_bytes,
                 free_bytes=free_bytes,
                 device=device,
@@ -118,6 +119,8 @@ def plan_reference(tensors: Mapping[str, TensorInfo], dims: Dims, on_cuda: bool)
     ]
     if on_cuda:
         items.append(PlanItem("cuda_context", CUDA_CONTEXT_BYTES, "driver, libraries and kernels"))
+    else:
+        items.append(PlanItem("process", PROCESS_BYTES, "Python, torch and its libraries"))
     return Plan(tuple(items), "VRAM" if on_cuda else "host memory")
 
 
