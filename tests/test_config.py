@@ -26,6 +26,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"port": 1023}, "port"),
     ({"port": 65536}, "port"),
     ({"gpu_device": -1}, "gpu_device"),
+    ({"device": "cpu", "backend": "cuda"}, "backend is cuda and device is cpu"),
     ({"max_tokens_out": 0}, "max_tokens_out"),
     ({"max_tokens_in": 0}, "max_tokens_in"),
     ({"context_length": 0}, "context_length"),
@@ -112,7 +113,7 @@ def report(model: Path, *arguments: str, **environment: str) -> dict[str, Any]:
 
 
 def kv_bytes(model: Path, *arguments: str, **environment: str) -> int:
-    plan = report(model, *arguments, **environment)
+    plan = report(model, "--backend", "reference", *arguments, **environment)
     return next(int(item["bytes"]) for item in plan["items"] if item["purpose"] == "kv_cache")
 
 

@@ -34,11 +34,12 @@ from worker_orcd.errors import InsufficientVram, StartFailed
 from worker_orcd.models.adapter import ModelAdapter
 
 pytestmark = pytest.mark.gpu
+BACKENDS = ["reference", "cuda"]
 IDS = [7 * i % 321 for i in range(300)]
 
 
 def logits(path: Path, device: str, chunk: int = 128) -> torch.Tensor:
-    return score(runtime_of(path, device=device), IDS, chunk)
+    return score(runtime_of(path, device=device, backend="reference"), IDS, chunk)
 
 
 @pytest.mark.parametrize("case", tiny.configs())
@@ -50,10 +51,12 @@ def test_logits_on_the_gpu_are_those_of_the_cpu_and_do_not_depend_on_chunks(case
         assert torch.equal(logits(path, "cuda", chunk), ours)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["qwen2", "llama"])
-def test_every_schedule_on_the_gpu_gives_the_bits_of_a_run_alone(case: str, tmp_path: Path) -> None:
+def test_every_schedule_on_the_gpu_gives_the_bits_of_a_run_alone(case: str, backend: str, tmp_path: Path) -> None:
     """Half of them launch a step before the tokens of the one before are read."""
-    bench, seen = Bench(runtime_of(tiny.build(case).write(tmp_path / "tiny.gguf"), device="cuda"), 80), Counter[str]()
+    path = tiny.build(case).write(tmp_path / "tiny.gguf")
+    bench, seen = Bench(runtime_of(path, device="cuda", backend=backend), 80), Counter[str]()
     for seed in range(20):
         course = bench.run(seed)
         assert not course.differences
@@ -107,7 +110,8 @@ def tokens_of(events: list[Event]) -> list[int]:
     return [token for event in events if isinstance(event, Tokens) for token in event.ids]
 
 
-def test_many_streams_of_the_haiku_model_are_what_each_is_alone() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_streams_of_the_haiku_model_are_what_each_is_alone(backend: str) -> None:
     rng = random.Random(0)
     requests = [
         Request(
@@ -125,7 +129,7 @@ def test_many_streams_of_the_haiku_model_are_what_each_is_alone() -> None:
     async def alone(engine: BatchEngine) -> list[list[int]]:
         return [await read(engine, req) for req in requests]
 
-    engine = engine_of(embedded_model(), device="cuda", max_batch=64)
+    engine = engine_of(embedded_model(), device="cuda", backend=backend, max_batch=64)
     try:
         expected = asyncio.run(alone(engine))
         assert asyncio.run(together(engine)) == expected
@@ -142,7 +146,9 @@ def test_the_haiku_command_on_the_gpu() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["repeat_identical"] is True
 
 
-def test_the_plan_bounds_what_the_driver_says_was_taken() -> None:
+@pytest.mark.parametrize(("backend", "slack_mib"), [("reference", 300), ("cuda", 700)])
+def test_the_plan_bounds_what_the_driver_says_was_taken(backend: str, slack_mib: int) -> None:
+    """Packing takes a fixed amount that a small model does not use up."""
     code = (
         "import torch\n"
         "from worker_orcd.assemble import *\n"
@@ -150,7 +156,7 @@ def test_the_plan_bounds_what_the_driver_says_was_taken() -> None:
         "import pynvml; pynvml.nvmlInit(); h = pynvml.nvmlDeviceGetHandleByIndex(0)\n"
         "used = lambda: pynvml.nvmlDeviceGetMemoryInfo(h).used\n"
         "before = used()\n"
-        "config = WorkerConfig(device='cuda')\n"
+        f"config = WorkerConfig(device='cuda', backend='{backend}')\n"
         "blueprint = draw_up(config)\n"
         "runtime = load_runtime(config, blueprint, lambda *_: None)\n"
         "build_core(config, blueprint, runtime, frozenset({2}), [0])  # tries the largest step\n"
@@ -162,7 +168,7 @@ def test_the_plan_bounds_what_the_driver_says_was_taken() -> None:
     planned, taken, _ = map(int, done.stdout.split())
     print(done.stdout)
     assert taken <= planned, (planned, taken)
-    assert taken >= planned - 300 * 2**20, "the plan is far above what is needed"
+    assert taken >= planned - slack_mib * 2**20, "the plan is far above what is needed"
 
 
 def test_the_engine_knows_the_vram_it_holds() -> None:

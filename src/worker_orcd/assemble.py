@@ -18,10 +18,13 @@ from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.models.spec import ModelSpec, read_spec
 from worker_orcd.models.tensors import check_tensors, tensor_table
 from worker_orcd.vram.plan import (
+    F16,
+    F32,
     CacheSize,
     Dims,
     Plan,
     kv_bytes_per_token,
+    plan_cuda,
     plan_reference,
     size_contiguous,
     size_paged,
@@ -30,6 +33,7 @@ from worker_orcd.vram.plan import (
 if TYPE_CHECKING:  # torch takes seconds to import; `plan` and `inspect` come through here and must not wait
     import torch
 
+    from worker_orcd.backends.base import Backend
     from worker_orcd.engine.core import EngineCore
     from worker_orcd.engine.loop import EngineFacts
     from worker_orcd.engine.runtime import Runtime
@@ -69,8 +73,10 @@ def draw_up(config: WorkerConfig) -> Blueprint:
     check_tensors(gguf, tensor_table(spec, gguf.tensors))
     cache = _cache_size(config, spec)
     max_step_tokens = config.max_tokens_per_step or max(STEP_TOKENS[config.device], config.max_batch)
-    dims = _dims(spec, cache, config.max_batch, max_step_tokens)
-    return Blueprint(gguf, spec, cache, max_step_tokens, plan_reference(gguf.tensors, dims, config.device == "cuda"))
+    dims = _dims(spec, cache, config, max_step_tokens)
+    on_cuda = config.device == "cuda"
+    plan = plan_reference(gguf.tensors, dims, on_cuda) if config.is_reference else plan_cuda(gguf.tensors, dims)
+    return Blueprint(gguf, spec, cache, max_step_tokens, plan)
 
 
 def _cache_size(config: WorkerConfig, spec: ModelSpec) -> CacheSize:
@@ -79,7 +85,7 @@ def _cache_size(config: WorkerConfig, spec: ModelSpec) -> CacheSize:
         raise StartFailed(
             f"context_length is {config.context_length}; {spec.architecture} model allows {spec.context_length}"
         )
-    per_token = kv_bytes_per_token(spec.num_layers, spec.kv_width)
+    per_token = kv_bytes_per_token(spec.num_layers, spec.kv_width, _cache_bytes(config))
     context = config.context_length or spec.context_length
     limit = None if config.kv_cache_size_mb is None else config.kv_cache_size_mb * MIB
     if config.kv_layout == "paged":
@@ -96,7 +102,12 @@ def _cache_size(config: WorkerConfig, spec: ModelSpec) -> CacheSize:
     return cache
 
 
-def _dims(spec: ModelSpec, cache: CacheSize, max_batch: int, max_step_tokens: int) -> Dims:
+def _cache_bytes(config: WorkerConfig) -> int:
+    """Of an element: float32 for the reference, else float16."""
+    return F32 if config.is_reference else F16
+
+
+def _dims(spec: ModelSpec, cache: CacheSize, config: WorkerConfig, max_step_tokens: int) -> Dims:
     return Dims(
         num_layers=spec.num_layers,
         hidden=spec.hidden,
@@ -107,7 +118,8 @@ def _dims(spec: ModelSpec, cache: CacheSize, max_batch: int, max_step_tokens: in
         vocab_size=spec.vocab_size,
         context_length=cache.context_length,
         cache_tokens=cache.num_tokens,
-        max_batch=max_batch,
+        cache_bytes=_cache_bytes(config),
+        max_batch=config.max_batch,
         max_step_tokens=max_step_tokens,
     )
 
@@ -168,7 +180,6 @@ def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProg
     """Weights onto the device, cache reserved. Raises InsufficientVram before loading when the plan does not fit."""
     import torch
 
-    from worker_orcd.backends.torch_ref import TorchBackend
     from worker_orcd.engine.runtime import Runtime
     from worker_orcd.kv.pool import KVShape, allocate_pool, eraser
     from worker_orcd.models.llama import LlamaInferenceAdapter
@@ -179,14 +190,23 @@ def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProg
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     gguf, spec, cache = blueprint.gguf, blueprint.spec, blueprint.cache
     blueprint.plan.require(_free_bytes(device), str(device), str(gguf.path))
-    backend = TorchBackend(device)
+    backend = _backend(config, device)
     weights = load_weights(gguf, tensor_table(spec, gguf.tensors), backend, config.load_chunk_bytes, on_progress)
     adapter = LlamaInferenceAdapter(spec, weights, backend, cache.context_length)
-    shape = KVShape(
-        spec.num_layers, cache.num_blocks, cache.block_size, spec.num_kv_heads, spec.head_dim, torch.float32
-    )
+    dtype = torch.float32 if config.is_reference else torch.float16
+    shape = KVShape(spec.num_layers, cache.num_blocks, cache.block_size, spec.num_kv_heads, spec.head_dim, dtype)
     kv = allocate_pool(shape, device)
     return Runtime(adapter, kv, _allocator(config, cache, eraser(kv)), device)
+
+
+def _backend(config: WorkerConfig, device: torch.device) -> Backend:
+    if config.is_reference:
+        from worker_orcd.backends.torch_ref import TorchBackend
+
+        return TorchBackend(device)
+    from worker_orcd.backends.cuda import CudaBackend
+
+    return CudaBackend(device)
 
 
 def _allocator(config: WorkerConfig, cache: CacheSize, erase: Callable[[list[int]], None]) -> KVCacheAllocator:
@@ -226,13 +246,13 @@ def build_core(
         context_length=cache.context_length,
         vocab_size=spec.vocab_size,
         device=str(device),
-        backend="torch-reference",
+        backend="torch-reference" if config.is_reference else "cuda",
     )
     limits = SchedulerLimits(
         config.max_batch, blueprint.max_step_tokens, cache.context_length, config.scheduling_policy
     )
     step = PlainStep(runtime, Sampler(unsampleable, device))
-    core = EngineCore(step, limits, eog_ids, {"model": printable_path, "cache": "float32"})
+    core = EngineCore(step, limits, eog_ids, {"model": printable_path, "cache": str(runtime.kv[0].k.dtype)})
     slowest_s = warm_up(core, limits.max_step_tokens, cache.context_length)
     vram_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     facts = EngineFacts(info, cache.num_blocks, cache.block_size, config.max_batch, vram_bytes, slowest_s)

@@ -30,8 +30,12 @@ class WorkerConfig:
     model: Annotated[Path | None, _help("GGUF file to serve; the embedded haiku model when left out.")] = None
     device: Annotated[
         Literal["cuda", "cpu"],
-        _help("cuda, or cpu for the float32 reference backend; never chosen on its own."),
+        _help("cuda, or cpu for the reference backend; never chosen on its own."),
     ] = "cuda"
+    backend: Annotated[
+        Literal["cuda", "reference"] | None,
+        _help("cuda keeps weights quantized; reference is plain torch in float32, and all there is on the CPU."),
+    ] = None
     gpu_device: Annotated[int, _help("Index of the GPU.", "--gpu-device", "--gpu")] = 0
     host: Annotated[str, _help("Address to listen on; loopback only, until API keys exist.")] = "127.0.0.1"
     port: Annotated[int, _help("TCP port, 1024-65535.")] = 8080
@@ -77,6 +81,11 @@ class WorkerConfig:
         Literal["debug", "info", "warn", "error", "mute"], _help("Least level written to the log.")
     ] = "info"
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the float32 reference backend runs the model."""
+        return self.device == "cpu" or self.backend == "reference"
+
     def __post_init__(self) -> None:
         _in_range("port", self.port, 1024, 65535)
         _in_range("gpu_device", self.gpu_device, 0, 1023)
@@ -93,6 +102,8 @@ class WorkerConfig:
                 _in_range(name, value, 1, 2**31 - 1)
         for name in ("inference_timeout_sec", "shutdown_timeout_sec"):
             _in_range(name, getattr(self, name), 0.001, 86400.0)
+        if self.device == "cpu" and self.backend == "cuda":
+            raise StartFailed("backend is cuda and device is cpu; leave --backend out, or choose --device cuda")
         if not self.worker_id:
             object.__setattr__(self, "worker_id", str(uuid.uuid4()))  # the one moment before it is frozen
         if not WORKER_ID.fullmatch(self.worker_id):

@@ -108,7 +108,8 @@ def plan_report(path: Path, config: WorkerConfig, as_json: bool) -> str:
     }
     if as_json:
         return _json(report)
-    lines = [f"{path}: {plan.place} needed with --device {config.device} (reference backend)"]
+    backend = "reference" if config.is_reference else "cuda"
+    lines = [f"{path}: {plan.place} needed with --device {config.device} ({backend} backend)"]
     lines += [f"  {item.purpose:14}{item.nbytes:16,}  {item.detail}" for item in plan.items]
     return "\n".join([*lines, f"  {'total':14}{plan.total_bytes:16,}  {_size(plan.total_bytes)}"])
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import tiny
 from tests.running import runtime_of
-from worker_orcd.assemble import draw_up
+from worker_orcd.assemble import draw_up, embedded_model
 from worker_orcd.backends import torch_ref
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine import sampler
 from worker_orcd.errors import InsufficientVram, StartFailed
+from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.models.llama import LlamaInferenceAdapter
 from worker_orcd.vram import plan as plan_module
 from worker_orcd.vram.plan import DEFAULT_CACHE_BYTES, CacheSize, size_contiguous, size_paged
@@ -73,10 +75,21 @@ def test_constants_are_those_of_the_backend() -> None:
 
 
 def test_device_decides_the_place_and_the_context(model: Path) -> None:
-    cpu, cuda = (draw_up(WorkerConfig(model=model, device=d, max_tokens_per_step=64)).plan for d in ("cpu", "cuda"))
+    settings: dict[str, Any] = {"model": model, "backend": "reference", "max_tokens_per_step": 64}
+    cpu, cuda = (draw_up(WorkerConfig(device=d, **settings)).plan for d in ("cpu", "cuda"))
     assert (cpu.place, cuda.place) == ("host memory", "VRAM")
     without = plan_module.CUDA_CONTEXT_BYTES - plan_module.PROCESS_BYTES
     assert cuda.total_bytes - cpu.total_bytes == without
+
+
+def test_on_the_gpu_weights_keep_their_bits_and_the_cache_has_half_of_them() -> None:
+    """The embedded model: Q4_K, Q6_K and others, padded to tiles; packing is tested in tests/quant."""
+    ours, reference = (items(WorkerConfig(backend=backend)) for backend in ("cuda", "reference"))
+    with GgufFile.open(embedded_model()) as gguf:
+        stored = sum(info.nbytes for info in gguf.tensors.values())
+    assert stored <= ours["weights"] < 1.1 * stored < reference["weights"] / 4
+    assert ours["kv_cache"] == reference["kv_cache"] // 2 or ours["kv_cache"] <= plan_module.DEFAULT_CACHE_BYTES
+    assert {"workspace", "load_scratch", "cuda_context", "rope_tables"} <= ours.keys()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +158,7 @@ def test_a_cache_too_small_for_anything_is_refused(model: Path) -> None:
     wide = tiny.build("llama-tied", num_hidden_layers=8)  # 24,576 bytes a token, 256 tokens a block
     path = wide.write(model.with_name("wide.gguf"))
     with pytest.raises(StartFailed, match=r"kv_cache_size_mb is 1; a token takes \d+ bytes"):
-        draw_up(WorkerConfig(model=path, kv_cache_size_mb=1, kv_block_size=256))
+        draw_up(WorkerConfig(model=path, device="cpu", kv_cache_size_mb=1, kv_block_size=256))
 
 
 def test_batch_and_step_size_grow_the_workspace(model: Path) -> None:

@@ -13,6 +13,7 @@ not allowed to matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -73,6 +74,10 @@ class Backend(Protocol):
 
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
         """GGUF bytes of one matrix (u8, on the device) → the backend's own form. Takes ownership of `raw`."""
+        ...
+
+    def join(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:
+        """One matrix with the rows of all, for inputs they share; None when they are better kept apart."""
         ...
 
     def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:

@@ -15,7 +15,7 @@ How a row stays independent of its neighbours, bit for bit:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class TorchBackend:
         if shape not in self._row_tiles:
             self._row_tiles[shape] = ROW_TILE if _is_row_invariant(matrix) else 1
         return PackedWeight(type, shape, (matrix,))
+
+    def join(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:  # noqa: ARG002 - gains nothing here
+        return None
 
     def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
         return table.parts[0][tokens]

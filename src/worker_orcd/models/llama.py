@@ -44,7 +44,7 @@ class LlamaInferenceAdapter:
         self.token_embd = matrices["token_embd.weight"]
         self.output_norm = vectors["output_norm.weight"]
         self.output = matrices.get("output.weight", self.token_embd)
-        self.layers = [_layer(weights, f"blk.{i}.") for i in range(spec.num_layers)]
+        self.layers = [_layer(weights, f"blk.{i}.", backend) for i in range(spec.num_layers)]
         self.rope = rope_table(spec, vectors.get("rope_freqs.weight"), context_length, backend.device)
         self.attn = AttnSpec(spec.num_heads, spec.num_kv_heads, spec.head_dim, 1.0 / sqrt(spec.head_dim))
 
@@ -78,12 +78,13 @@ class LlamaInferenceAdapter:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _layer(weights: Weights, prefix: str) -> Layer:
+def _layer(weights: Weights, prefix: str, backend: Backend) -> Layer:
+    """Takes its matrices out of `weights`: a joined one is a copy, and the device need not hold both for long."""
     matrices, vectors = weights.matrices, weights.vectors
 
     def projection(*names: str) -> Projection:
-        present = (prefix + name for name in names if f"{prefix}{name}.weight" in matrices)
-        return tuple((matrices[f"{name}.weight"], vectors.get(f"{name}.bias")) for name in present)
+        present = [prefix + name for name in names if f"{prefix}{name}.weight" in matrices]
+        return _joined(tuple((matrices.pop(f"{n}.weight"), vectors.get(f"{n}.bias")) for n in present), backend)
 
     return Layer(
         attn_norm=vectors[f"{prefix}attn_norm.weight"],
@@ -95,6 +96,14 @@ def _layer(weights: Weights, prefix: str) -> Layer:
         gate_up=projection("ffn_gate", "ffn_up"),
         ffn_down=projection("ffn_down"),
     )
+
+
+def _joined(parts: Projection, backend: Backend) -> Projection:
+    biases = [bias for _, bias in parts if bias is not None]
+    if len(parts) == 1 or len(biases) not in (0, len(parts)):
+        return parts
+    whole = backend.join([weight for weight, _ in parts])
+    return parts if whole is None else ((whole, torch.cat(biases) if biases else None),)
 
 
 def rope_table(spec: ModelSpec, factors: Tensor | None, context_length: int, device: torch.device) -> Rope:

@@ -1,7 +1,8 @@
 """Every byte a worker will need, from the header alone: nothing is loaded, no device is touched, no torch.
 
-For the reference backend, which keeps weights in float32. Weights, cache and tables are exact; the step's
-workspace is an upper bound of what is alive at once, summed operation by operation.
+The reference backend keeps weights and cache in float32, the CUDA backend keeps weights in the file's bits and the
+cache in float16. Weights, cache and tables are exact; the step's workspace is an upper bound of what is alive at once,
+summed operation by operation.
 
 The cache is as large as the user says or, unless told, gives every place of the batch a full context as long as that
 stays below DEFAULT_CACHE_BYTES; it always holds at least one full context, so whatever is accepted can be finished.
@@ -11,12 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.reader import TensorInfo
+from worker_orcd.quant.tiles import packed_bytes
 
-F32, F64, I64 = 4, 8, 8  # bytes
+F16, F32, F64 = 2, 4, 8  # bytes
 CUDA_CONTEXT_BYTES = 800 * 2**20  # driver context 621 MiB, libraries and kernels about 100 (H200), and slack
+SLICE_BYTES_PER_ROW = 132 * 2**10  # sums of K slices, at most, beyond 16 tokens
+REPACK_BYTES = 340 * 2**20  # temporaries of quant/repack.py
+EMBED_ROWS, EMBED_BYTES = 256, 27  # rows gathered at once, and bytes an element of one takes on the way
 PROCESS_BYTES = 256 * 2**20  # 228 MiB resident before anything is loaded
 DEFAULT_CACHE_BYTES = 2**28
 SPLIT, QUERY_TILE, ROW_TILE, PIECE_ELEMS = 256, 8, 4, 2**20  # of backends/torch_ref.py; a test holds them equal
@@ -36,6 +42,7 @@ class Dims:
     vocab_size: int
     context_length: int  # of one sequence, after caps
     cache_tokens: int  # of all sequences together
+    cache_bytes: int  # of an element
     max_batch: int
     max_step_tokens: int
 
@@ -110,7 +117,7 @@ def plan_reference(tensors: Mapping[str, TensorInfo], dims: Dims, on_cuda: bool)
         PlanItem("weights", F32 * sum(elements.values()), f"{len(tensors)} tensors as float32"),
         PlanItem(
             "kv_cache",
-            kv_bytes_per_token(dims.num_layers, dims.kv_width) * dims.cache_tokens,
+            kv_bytes_per_token(dims.num_layers, dims.kv_width, dims.cache_bytes) * dims.cache_tokens,
             f"{dims.cache_tokens} tokens, float32",
         ),
         PlanItem("rope_tables", 2 * F32 * dims.context_length * (dims.rope_dim // 2), "cosines and sines"),
@@ -124,9 +131,26 @@ def plan_reference(tensors: Mapping[str, TensorInfo], dims: Dims, on_cuda: bool)
     return Plan(tuple(items), "VRAM" if on_cuda else "host memory")
 
 
-def kv_bytes_per_token(num_layers: int, kv_width: int) -> int:
+def plan_cuda(tensors: Mapping[str, TensorInfo], dims: Dims) -> Plan:
+    """What CudaBackend will hold."""
+    matrices = [info for info in tensors.values() if len(info.shape) == 2]
+    weights = sum(packed_bytes(info.type, (info.shape[0], info.shape[1])) for info in matrices)
+    weights += F32 * sum(prod(info.shape) for info in tensors.values() if len(info.shape) != 2)
+    cache = kv_bytes_per_token(dims.num_layers, dims.kv_width, dims.cache_bytes) * dims.cache_tokens
+    items = (
+        PlanItem("weights", weights, f"{len(tensors)} tensors in their own bits"),
+        PlanItem("kv_cache", cache, f"{dims.cache_tokens} tokens, float16"),
+        PlanItem("rope_tables", 2 * F32 * dims.context_length * (dims.rope_dim // 2), "cosines and sines"),
+        PlanItem("workspace", _cuda_workspace_bytes(dims), f"one step of {dims.max_step_tokens} tokens"),
+        PlanItem("load_scratch", _repack_bytes(tensors), "the largest tensors while they are packed and joined"),
+        PlanItem("cuda_context", CUDA_CONTEXT_BYTES, "driver, libraries and kernels"),
+    )
+    return Plan(items, "VRAM")
+
+
+def kv_bytes_per_token(num_layers: int, kv_width: int, element_bytes: int) -> int:
     """Keys and values of all layers for one position."""
-    return 2 * num_layers * kv_width * F32
+    return 2 * num_layers * kv_width * element_bytes
 
 
 def _workspace_bytes(dims: Dims) -> int:
@@ -139,6 +163,32 @@ def _workspace_bytes(dims: Dims) -> int:
     logits = (2 * dims.max_batch + ROW_TILE) * dims.vocab_size  # rows in pieces, then joined, and a tile of the head
     sampling = 6 * SAMPLE_TILE * dims.vocab_size * F64 // F32  # scores, weights, order, running sum and temporaries
     return F32 * (residual + max(qkv + attention, mlp) + logits + sampling)
+
+
+def _cuda_workspace_bytes(dims: Dims) -> int:
+    """Activations in float32; a linear adds the image of its input and the sums of its slices (kernels/linear)."""
+    rows = dims.max_step_tokens
+    widest = max(dims.ffn, dims.hidden, dims.q_width)
+    image = 2 * _up(rows, 256) * _up(widest, 256)
+    slices = max(SLICE_BYTES_PER_ROW * rows, F32 * 16 * 2 * widest * 8)
+    residual = 3 * rows * dims.hidden
+    qkv = 3 * rows * (dims.q_width + 2 * dims.kv_width)
+    mlp = rows * 4 * dims.ffn
+    splits = -(-dims.context_length // SPLIT)
+    partials = F32 * 256 * splits * 2 * max(dims.q_width, 256)
+    embed = EMBED_ROWS * EMBED_BYTES * dims.hidden
+    logits = 3 * dims.max_batch * dims.vocab_size
+    sampling = 6 * SAMPLE_TILE * dims.vocab_size * F64
+    return F32 * (residual + max(qkv, mlp) + logits) + image + slices + partials + embed + sampling
+
+
+def _repack_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    largest = max((info.nbytes for info in tensors.values()), default=0)
+    return 2 * largest + REPACK_BYTES
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 def _load_scratch_bytes(tensors: Mapping[str, TensorInfo]) -> int:

@@ -1,0 +1,1 @@
+"""Matrices times vectors, with weights in their quantized tiles."""

@@ -1,0 +1,35 @@
+// Asynchronous copies into shared memory, and the overlap of one kernel's start with the end of the one before.
+#pragma once
+#include "ptx.cuh"
+
+#if HOPPER
+DEVICE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }  // it may load its weights
+DEVICE void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+DEVICE void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(count));
+}
+DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void barrier_wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{.reg .pred P; W: mbarrier.try_wait.parity.shared::cta.b64 P,[%0],%1; @P bra D; bra W; D: }" ::"r"(barrier),
+      "r"(phase) : "memory");
+}
+DEVICE void bulk_copy(u32 shared, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(shared),
+               "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+#else
+DEVICE void start_next_kernel() {}
+DEVICE void await_previous_kernel() {}
+DEVICE void copy16(u32 shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared), "l"(from) : "memory");
+}
+DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif

@@ -1,0 +1,165 @@
+"""How a matrix is multiplied: slices of K, which decide the bits, and variants, which decide only the speed.
+
+The slices are a pure function of shape and format, the same on every card and for every number of tokens, so a row's
+result is too. The rules are what measurements on an H200 (132 multiprocessors) came to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.quant.tiles import TILE_K, tile_bytes, tile_grid
+
+MULTIPROCESSORS = 132  # the slices are chosen for; a constant, so that they do not depend on the card
+WARPS_PER_SM = 16  # strips times slices aimed at, per multiprocessor, with 128 registers a thread
+MORE_WARPS_PER_SM = 20  # with 96
+MOST_WARPS_PER_SM = 28  # with 72
+MAX_DIMENSION = 2**31 - 1
+LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
+FEW_TOKENS = 16  # up to here mma.sync is at least as fast as wgmma
+ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
+SHARED_PER_SM = 224 * 1024  # bytes, of which blocks of a wide matrix take a part each
+SAMPLE_TOKENS = (1, 16, *(2**i for i in range(5, 16)))  # numbers of tokens that meet every variant of a plan
+
+
+@dataclass(frozen=True)
+class FewTokens:
+    """A variant of qmm.cu: 8 · `groups` tokens a block of `warps`, `ctas` blocks on a multiprocessor."""
+
+    groups: int
+    warps: int
+    depth: int  # tiles fetched ahead
+    ctas: int
+    early: bool  # the first tile is expanded before the kernel ahead has ended
+
+
+@dataclass(frozen=True)
+class ManyTokens:
+    """A variant of qgemm.cu: `tokens` tokens and 64 · `warpgroups` rows a block."""
+
+    tokens: int
+    warpgroups: int
+    depth: int
+    stages: int  # buffers for x
+    sequential: bool  # slices one after the other in a block; else side by side, with partial sums
+
+    @property
+    def groups(self) -> int:
+        return self.tokens // 8
+
+
+Variant = FewTokens | ManyTokens
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a variant may use."""
+
+    has_wgmma: bool
+    shared_bytes: int  # of one block
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """For a matrix [N, K] of a format: its slices, and the variant for any number of tokens."""
+
+    type: GgmlType
+    shape: tuple[int, int]
+    slices: int
+
+    @cached_property
+    def longest_slice_tiles(self) -> int:
+        depth = tile_grid(self.type, self.shape)[1]
+        return max(depth * (s + 1) // self.slices - depth * s // self.slices for s in range(self.slices))
+
+    def shared_bytes(self, variant: Variant) -> int:
+        """Shared memory of a block."""
+        if isinstance(variant, ManyTokens):
+            sums = 256 * variant.tokens * variant.warpgroups if variant.sequential and variant.tokens > 128 else 0
+            return 3072 + 128 * variant.tokens * variant.stages + sums
+        return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024
+
+    def is_whole(self, variant: Variant) -> bool:
+        """Whether a variant leaves sums, not one partial sum a slice."""
+        return self.slices == 1 or (isinstance(variant, ManyTokens) and variant.sequential)
+
+    def variant(self, num_tokens: int, card: Card) -> Variant:
+        if card.has_wgmma and num_tokens > FEW_TOKENS:
+            return self._many(num_tokens)
+        groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
+        while groups > 1 and self.shared_bytes(self._few(groups)) > card.shared_bytes:
+            groups //= 2
+        return self._few(groups)
+
+    def variants(self, card: Card) -> set[Variant]:
+        """All that `variant` gives."""
+        return {self.variant(num_tokens, card) for num_tokens in SAMPLE_TOKENS}
+
+    def _few(self, groups: int) -> FewTokens:
+        words = tile_bytes(self.type) // 128  # registers a tile takes
+        per_sm = tile_grid(self.type, self.shape)[0] * self.slices / MULTIPROCESSORS
+        if groups == 4:
+            return FewTokens(4, 8, 1, 1, early=False)
+        if words >= 32:  # 16 and 32 bits a weight
+            return FewTokens(groups, 8, 2 if words == 32 else 1, 1, early=False)
+        depth = 1 if self.longest_slice_tiles <= 2 else 2
+        if per_sm <= WARPS_PER_SM and words > 18 and depth == 2:
+            return FewTokens(groups, 8, 2, 2, early=False)
+        if per_sm <= WARPS_PER_SM:
+            is_wide = groups == 2 and TILE_K[self.type] == 256 and self.longest_slice_tiles > 2
+            return (
+                FewTokens(groups, 8, depth, 2, early=True) if is_wide else FewTokens(groups, 4, depth, 4, early=True)
+            )
+        if per_sm <= MORE_WARPS_PER_SM and words <= 18:
+            return FewTokens(groups, 4, 1, 5, early=True)
+        if per_sm <= MOST_WARPS_PER_SM:
+            return FewTokens(groups, 14, 1, 2, early=False)
+        deep = max(1, min(3, 54 // words))
+        if groups == 2 and words <= 18 and 2 * self.shared_bytes(FewTokens(2, 8, 2, 2, early=False)) <= SHARED_PER_SM:
+            return FewTokens(2, 8, 2, 2, early=TILE_K[self.type] == 128)
+        return FewTokens(groups, 16, deep, 1, early=groups == 1 and TILE_K[self.type] == 128)
+
+    def _many(self, num_tokens: int) -> ManyTokens:
+        words = tile_bytes(self.type) // 128
+        tokens = next((t for t in (32, 64, 128) if num_tokens <= t), 256)
+        if words >= 64:
+            tokens = min(tokens, 64)
+        if tokens == 256 and self.slices > 1 and not self._is_sequential(num_tokens, 256):
+            tokens = 128
+        sequential = self._is_sequential(num_tokens, tokens)
+        is_side_by_side = self.slices > 1 and not sequential
+        if tokens == 32 and words < 32 and (is_side_by_side or self._blocks(num_tokens, 32) >= MULTIPROCESSORS):
+            return ManyTokens(32, 4, 2, 12, sequential)
+        depth = 1 if words >= 32 else 3 if words <= 18 and tokens <= 64 else 2
+        stages = 3 if tokens == 256 and sequential else {32: 12, 64: 8}.get(tokens, 6)
+        return ManyTokens(tokens, 2, depth, stages, sequential)
+
+    def _blocks(self, num_tokens: int, tokens: int) -> int:
+        return -(-self.shape[0] // 128) * -(-num_tokens // tokens)
+
+    def _is_sequential(self, num_tokens: int, tokens: int) -> bool:
+        return self.slices > 1 and self._blocks(num_tokens, tokens) >= ENOUGH_BLOCKS
+
+
+def plan_linear(n: int, k: int, type: GgmlType, slices: int | None = None) -> LinearPlan:
+    """The plan for a matrix [n, k]; a benchmark may ask for other `slices`. Raises ValueError for a bad shape."""
+    if min(n, k) < 1 or max(n, k) > MAX_DIMENSION:
+        raise ValueError(f"a matrix of {n} x {k}: each side must be from 1 to {MAX_DIMENSION}")
+    return LinearPlan(type, (n, k), choose_slices(n, k, type) if slices is None else slices)
+
+
+def choose_slices(n: int, k: int, type: GgmlType) -> int:
+    """About WARPS_PER_SM strips in flight, an even cut where one is near, no slice beyond LONGEST_SLICE.
+
+    A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one.
+    """
+    strips, depth = tile_grid(type, (n, k))
+    fewest = -(-depth * TILE_K[type] // LONGEST_SLICE)
+    wanted = max(1, WARPS_PER_SM * MULTIPROCESSORS // strips)
+    if wanted == 1 and 2 * strips <= MOST_WARPS_PER_SM * MULTIPROCESSORS:
+        wanted = 2
+    wanted = min(depth, max(wanted, fewest))
+    even = [s for s in range(max(fewest, -(-wanted // 2)), wanted + 1) if depth % s == 0]
+    return even[-1] if even else wanted

@@ -1,0 +1,130 @@
+// y[t][n] = sum over k of x[t][k] W[n][k] for many tokens, by wgmma (Hopper), in the same order of sums as qmm.cu.
+//
+// A CTA is WARPGROUPS consumers of 64 rows each (a warp owns the strip of 16 rows) and a producer, which streams x in
+// pieces of TOKENS x 64 through STAGES buffers. Weights go from device memory straight to registers, DEPTH tiles ahead.
+// grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
+// off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
+// For more than 128 tokens the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
+#include "async.cuh"
+#include "weight.cuh"
+#include "wgmma.cuh"
+
+DEVICE u64 descriptor(u32 shared) {  // 128-byte swizzle, groups of 8 tokens 1024 bytes apart
+  return (u64)((shared & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+// w, x: as in qmm.cu; y: [slices][T][N], or [T][N] with SEQUENTIAL
+extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, 1)
+qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8,
+      int S) {
+  extern __shared__ __align__(1024) char shared[];
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), z = blockIdx.z;
+  const int slice = blockIdx.y, k0 = nk * slice / gridDim.y, nt = nk * (slice + 1) / gridDim.y - k0;
+  const u32 full = shared_address(shared), empty = full + 8 * STAGES, xs = (full + 1024 + 1023) & ~1023u;
+  const int PIECE_BYTES = TOKENS * 128;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(full + i * 8, 1);
+      barrier_init(empty + i * 8, WARPGROUPS * 4);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  start_next_kernel();
+  if (warp >= WARPGROUPS * 4) {  // the producer: one lane works, the others' registers go to the consumers
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+    if (warp == WARPGROUPS * 4) {
+      await_previous_kernel();
+      if (lane == 0)
+        for (int c = 0; c < nt * STAGES_X; c++) {
+          int stage = c % STAGES;
+          if (c >= STAGES) barrier_wait(empty + stage * 8, ((c / STAGES) + 1) & 1);
+          barrier_expect(full + stage * 8, PIECE_BYTES);
+          const char* piece = x + ((u64)(k0 * STAGES_X + c) * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
+          bulk_copy(xs + stage * PIECE_BYTES, piece, PIECE_BYTES, full + stage * 8);
+        }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    const int strips = (N + 15) / 16, strip = blockIdx.x * WARPGROUPS * 4 + warp;
+    const int readable = strip < strips ? strip : strips - 1;  // warps past the end repeat the last and store nothing
+    const char* src = w + ((u64)readable * nk + k0) * Weight::TILE_BYTES;
+    Weight r[DEPTH];
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++)
+      if (i < nt) r[i].load(src, lane), src += Weight::TILE_BYTES;
+    await_previous_kernel();
+    float acc[TOKENS / 2];
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.f;
+#if SEQUENTIAL
+#if TOKENS > 128
+    float* sums = (float*)(shared + (xs - full) + STAGES * PIECE_BYTES) + threadIdx.x;
+#define SUM(i) sums[(i) * WARPGROUPS * 128]
+#else
+    float sums[TOKENS / 2];
+#define SUM(i) sums[i]
+#endif
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) SUM(i) = 0.f;
+    int slices_done = 0, slice_end = nk / S;
+#endif
+    u32 a[2][4][4];
+    int stage = 0, previous = 0;
+    u32 phase = 0;
+    bool has_previous = false;
+    auto compute = [&](Weight& r) {
+#pragma unroll
+      for (int h = 0; h < CHUNKS; h++) {
+        r.prepare(h);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {  // 64 inputs
+          r.expand(h, half * 2, a[half][0], a[half][1]);
+          r.expand(h, half * 2 + 1, a[half][2], a[half][3]);
+          barrier_wait(full + stage * 8, phase);
+          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+          for (int j = 0; j < 4; j++) wgmma(acc, a[half][j], descriptor(xs + stage * PIECE_BYTES + j * 32));
+          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the piece before: its x and `a` are free
+          if (has_previous && lane == 0) barrier_arrive(empty + previous * 8);
+          has_previous = true, previous = stage;
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        }
+      }
+    };
+    for (int i = 0; i < nt; i += DEPTH) {
+#pragma unroll
+      for (int d = 0; d < DEPTH; d++) {
+        if (i + d >= nt) break;
+        compute(r[d]);
+        if (i + d + DEPTH < nt) r[d].load(src, lane), src += Weight::TILE_BYTES;
+#if SEQUENTIAL
+        if (i + d + 1 == slice_end) {
+          asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+          for (int k = 0; k < TOKENS / 2; k++) {
+            asm volatile("" : "+f"(acc[k]));
+            SUM(k) = fmaf(acc[k], Weight::SCALE, SUM(k));  // the product is exact: as sum_slices adds it
+            acc[k] = 0.f;
+          }
+          slices_done++, slice_end = nk * (slices_done + 1) / S;
+        }
+#endif
+      }
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    const int g = lane >> 2, quad = lane & 3;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) {
+      asm volatile("" : "+f"(acc[i]));
+#if SEQUENTIAL
+      float v = SUM(i);
+#else
+      float v = acc[i] * Weight::SCALE;
+#endif
+      int row = z * TOKENS + (i >> 2) * 8 + quad * 2 + (i & 1), col = strip * 16 + g + ((i >> 1) & 1) * 8;
+      if (row < T && col < N) y[((u64)slice * T + row) * N + col] = v;
+    }
+  }
+}

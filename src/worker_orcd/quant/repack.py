@@ -1,0 +1,124 @@
+"""GGUF blocks → device tiles and back, exactly, on any device.
+
+u8 [N · row bytes] ↔ u8 [N / 16, K / tile, tile bytes]; `repack_bits` says where each bit goes, `tiles` the sizes.
+Signed bytes of Q8_0 are kept with the sign bit flipped (the number plus 128), the only change that is no move.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from worker_orcd.errors import ModelLoadFailed
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.quant.bits import halves
+from worker_orcd.quant.format import format_of
+from worker_orcd.quant.repack_bits import bit_sources
+from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, tile_bytes, tile_grid
+
+LARGEST_SCALE = 1024.0  # scale · 2^117 must be a bf16 number
+LARGEST_EXPONENT = 144  # of MXFP4: E + 110 must be an exponent of bf16
+SCALE_PLACES = {  # byte of d in a block, the largest number it is multiplied by
+    GgmlType.Q4_0: (0, 1), GgmlType.Q4_1: (0, 1), GgmlType.Q5_0: (0, 1), GgmlType.Q5_1: (0, 1), GgmlType.Q8_0: (0, 1),
+    GgmlType.Q4_K: (0, 63), GgmlType.Q5_K: (0, 63), GgmlType.Q6_K: (208, 128),
+}  # fmt: skip
+GATHERED_ROWS = 256  # read at once; of each, a strip of 16 is read, and its bits take a byte
+PIECE_BYTES = 2**23  # packed at once; the bits of a piece take eight bytes each
+
+
+def pack(raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
+    """Stored blocks of a matrix [N, K], u8 [n] → its tiles, u8 [strips, depth, tile bytes]."""
+    source, _ = _tables(type, raw.device)
+    strips, depth = tile_grid(type, shape)
+    tiles = torch.empty(strips, depth, tile_bytes(type), dtype=torch.uint8, device=raw.device)
+    rows = raw.view(shape[0], -1)
+    step = max(1, PIECE_BYTES // (depth * tile_bytes(type)))
+    for start in range(0, strips, step):
+        blocks = _pad(rows[start * TILE_ROWS : (start + step) * TILE_ROWS], type, depth)
+        tiles[start : start + step] = _move_bits(blocks, source).view(-1, depth, tile_bytes(type))
+    return _flip_signs(tiles, type)
+
+
+def check_scales(raw: Tensor, type: GgmlType) -> None:
+    """Raises ModelLoadFailed when a scale is too large for the kernels, or no number; they take |scale| < 2^10."""
+    blocks = raw.view(-1, type.block_bytes)
+    if type is GgmlType.MXFP4:
+        if int(blocks[:, 0].max()) > LARGEST_EXPONENT:
+            raise ModelLoadFailed(f"a scale of a MXFP4 tensor is beyond 2^{LARGEST_EXPONENT - 127}")
+    elif type in SCALE_PLACES:
+        byte, factor = SCALE_PLACES[type]
+        largest = float(halves(blocks[:, byte : byte + 2]).abs().max()) * factor
+        if not largest < LARGEST_SCALE:
+            raise ModelLoadFailed(f"a scale of a {type.name} tensor is {largest}, the limit is {LARGEST_SCALE}")
+
+
+def unpack(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `pack`."""
+    _, place = _tables(type, tiles.device)
+    strips, depth, size = tiles.shape
+    out = torch.empty(shape[0], type.row_bytes(shape[1]), dtype=torch.uint8, device=tiles.device)
+    step = max(1, PIECE_BYTES // (depth * size))
+    for start in range(0, strips, step):
+        part = _flip_signs(tiles[start : start + step].clone(), type)
+        blocks = _move_bits(part.view(-1, size), place).view(len(part), depth, TILE_ROWS, -1)
+        rows = blocks.transpose(1, 2).reshape(len(part) * TILE_ROWS, -1)
+        piece = out[start * TILE_ROWS : (start + step) * TILE_ROWS]
+        piece.copy_(rows[: len(piece), : piece.shape[1]])
+    return out.flatten()
+
+
+def gather_rows(tiles: Tensor, type: GgmlType, k: int, rows: Tensor) -> Tensor:
+    """Some rows of a packed matrix [N, K], dequantized: i64 [T] → f32 [T, K], bit for bit the format's own values."""
+    return torch.cat([_gather(tiles, type, k, part) for part in torch.split(rows, GATHERED_ROWS)])
+
+
+def _gather(tiles: Tensor, type: GgmlType, k: int, rows: Tensor) -> Tensor:
+    _, place = _tables(type, tiles.device)
+    bits = place.view(TILE_ROWS, -1)[rows % TILE_ROWS].unsqueeze(1)  # [T, 1, bits of a row in a tile]
+    strips = tiles[rows // TILE_ROWS]  # [T, depth, tile bytes]
+    found = strips.gather(2, (bits >> 3).expand(-1, tiles.shape[1], -1))
+    found = (found >> (bits & 7).to(torch.uint8)) & 1
+    blocks = _join_bits(found).view(-1, type.block_bytes)
+    if type is GgmlType.Q8_0:
+        blocks[:, 2:] ^= 0x80
+    return format_of(type).dequantize(blocks).view(len(rows), TILE_K[type] * tiles.shape[1])[:, :k]
+
+
+@lru_cache(maxsize=64)
+def _tables(type: GgmlType, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each bit of a tile its place in the blocks, and the inverse: i64 [tile bits]."""
+    source = bit_sources(type)
+    return source.to(device), source.argsort().to(device)
+
+
+def _pad(rows: Tensor, type: GgmlType, depth: int) -> Tensor:
+    """Rows of stored blocks → the blocks of each tile, 16 rows one after another: u8 [tiles, tile bytes]."""
+    width = type.row_bytes(TILE_K[type])
+    strips = -(-len(rows) // TILE_ROWS)
+    if rows.shape != (strips * TILE_ROWS, depth * width):
+        padded = rows.new_zeros(strips * TILE_ROWS, depth * width)
+        padded[: len(rows), : rows.shape[1]] = rows
+        rows = padded
+    return rows.view(strips, TILE_ROWS, depth, width).transpose(1, 2).reshape(strips * depth, -1)
+
+
+def _move_bits(data: Tensor, source: Tensor) -> Tensor:
+    """u8 [n, bytes] → u8 [n, bytes] whose bit i is bit source[i] of the input."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
+    bits = ((data.unsqueeze(-1) >> shifts) & 1).view(len(data), -1)
+    return _join_bits(bits.index_select(1, source))
+
+
+def _join_bits(bits: Tensor) -> Tensor:
+    """u8 [..., 8n] of zeros and ones, lowest bit first → u8 [..., n]."""
+    parts = bits.view(*bits.shape[:-1], bits.shape[-1] // 8, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (parts << shifts).sum(-1, dtype=torch.uint8)
+
+
+def _flip_signs(tiles: Tensor, type: GgmlType) -> Tensor:
+    if type is GgmlType.Q8_0:
+        tiles[..., : TILE_ROWS * TILE_K[type]] ^= 0x80
+    return tiles

@@ -1,0 +1,48 @@
+"""Sizes of the tiles in which a GPU keeps matrices: what `plan` must know without waiting for torch.
+
+A tile is 16 rows by `k` inputs with the same bits the file has for them, in the order the matmul reads them
+(`repack_bits` says which). A matrix is its tiles, the 16-row strip outermost, then along K. Rows and inputs that
+do not fill a tile are padded with zero bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from worker_orcd.gguf.types import GgmlType
+
+TILE_ROWS = 16
+
+TILE_K: Mapping[GgmlType, int] = MappingProxyType(
+    {
+        GgmlType.F32: 128,
+        GgmlType.F16: 128,
+        GgmlType.BF16: 128,
+        GgmlType.Q4_0: 128,
+        GgmlType.Q4_1: 128,
+        GgmlType.Q5_0: 128,
+        GgmlType.Q5_1: 128,
+        GgmlType.Q8_0: 128,
+        GgmlType.MXFP4: 128,
+        GgmlType.Q4_K: 256,
+        GgmlType.Q5_K: 256,
+        GgmlType.Q6_K: 256,
+    }
+)
+"""Inputs of one tile, by type; the keys are the types that can be run."""
+
+
+def tile_bytes(type: GgmlType) -> int:
+    return TILE_ROWS * type.row_bytes(TILE_K[type])
+
+
+def tile_grid(type: GgmlType, shape: tuple[int, int]) -> tuple[int, int]:
+    """How many tiles a matrix [N, K] has along N and along K."""
+    return -(-shape[0] // TILE_ROWS), -(-shape[1] // TILE_K[type])
+
+
+def packed_bytes(type: GgmlType, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix [N, K] in tiles, padding included."""
+    strips, depth = tile_grid(type, shape)
+    return strips * depth * tile_bytes(type)

@@ -1,0 +1,326 @@
+"""Attention over pages: right against float64, and the same bits for a row in any company and by either kernel.
+
+Without a GPU the kernels run under Triton's interpreter, on small shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+HAS_GPU = torch.cuda.is_available()
+pytest.importorskip("triton")
+
+from worker_orcd.kernels import attention as kernels  # noqa: E402
+from worker_orcd.kernels.attention import Call, Form, Launch, Pages, attend  # noqa: E402
+
+on_cpu = pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled here, not interpreted")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU")
+DEVICE = "cuda" if HAS_GPU else "cpu"
+QWEN, LLAMA, PHI = Form(14, 2, 64, 0.125), Form(32, 8, 128, 128**-0.5), Form(32, 32, 96, 96**-0.5)
+SMALL = Form(4, 2, 16, 0.25)
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.gpu(needs_gpu(test))
+
+
+@dataclass
+class World:
+    """Sequences with all their queries, keys and values, and a cache that holds them in scattered blocks."""
+
+    form: Form
+    q: list[Tensor]  # [n, Hq, D] f32 each
+    k: list[Tensor]  # [n, Hk, D]
+    v: list[Tensor]
+    cache: tuple[Tensor, Tensor]  # [blocks, block_size, Hk, D] each, NaN where nothing was stored
+    tables: list[list[int]]
+    sinks: Tensor | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.cache[0].shape[1]
+
+
+def build(form: Form, lens: list[int], block_size: int, dtype: torch.dtype, has_sinks: bool = False) -> World:
+    g = torch.Generator().manual_seed(sum(lens) + block_size)
+    counts = [-(-n // block_size) for n in lens]
+    shape = (sum(counts) + 1, block_size, form.num_kv_heads, form.head_dim)
+    caches = [torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in "kv"]
+    free = torch.randperm(shape[0], generator=g).tolist()
+    world = World(form, [], [], [], (caches[0], caches[1]), [])
+    for n, count in zip(lens, counts, strict=True):
+        world.q.append(1.5 * torch.randn(n, form.num_heads, form.head_dim, generator=g).to(DEVICE))
+        table = [free.pop() for _ in range(count)]
+        world.tables.append(table)
+        for cache, store in zip(caches, (world.k, world.v), strict=True):
+            rows = torch.randn(n, form.num_kv_heads, form.head_dim, generator=g).to(DEVICE, dtype)
+            store.append(rows)
+            for number, block in enumerate(table):
+                piece = rows[number * block_size : (number + 1) * block_size]
+                cache[block, : len(piece)] = piece
+    if has_sinks:
+        world.sinks = torch.randn(form.num_heads, generator=g).to(DEVICE)
+    return world
+
+
+Chunk = tuple[int, int, int]  # sequence, first row, end
+
+
+def pages_of(world: World, chunks: list[Chunk], width: int = 0) -> Pages:
+    width = max(width, *(len(world.tables[s]) for s, _, _ in chunks))
+    starts = [0]
+    for _, first, end in chunks:
+        starts.append(starts[-1] + end - first)
+    rows = [world.tables[s] + [0] * (width - len(world.tables[s])) for s, _, _ in chunks]
+    return Pages(
+        torch.tensor(starts, device=DEVICE),
+        torch.tensor([end for _, _, end in chunks], device=DEVICE),
+        torch.tensor(rows, device=DEVICE),
+    )
+
+
+def run(world: World, chunks: list[Chunk], width: int = 0) -> list[Tensor]:
+    """What `attend` gives each chunk's rows."""
+    q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
+    out = attend(q, *world.cache, pages_of(world, chunks, width), world.form, world.sinks)
+    return list(out.split([end - first for _, first, end in chunks]))
+
+
+def decode(world: World, chunks: list[Chunk], launch: Launch) -> Tensor:
+    """One row of each sequence with a launch of the test's choice."""
+    q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
+    out = torch.full_like(q, torch.nan)
+    kernels.launch_decodes(Call(out, q, *world.cache, pages_of(world, chunks), world.form, world.sinks), launch)
+    return out
+
+
+def exact(world: World, s: int, cast: torch.dtype = torch.float64) -> Tensor:
+    """All rows of a sequence in float64, from operands rounded to `cast`: softmax by its definition."""
+    form, n = world.form, len(world.q[s])
+    q = world.q[s].to(cast).double().transpose(0, 1)
+    k, v = (x[s].double().repeat_interleave(form.group, 1).transpose(0, 1) for x in (world.k, world.v))
+    scores = q @ k.transpose(1, 2) * form.scale
+    if form.soft_cap:
+        scores = form.soft_cap * torch.tanh(scores / form.soft_cap)
+    behind = torch.arange(n, device=DEVICE)[:, None] - torch.arange(n, device=DEVICE)
+    hidden = (behind < 0) | ((behind >= form.window) if form.window else (behind < 0))
+    scores = scores.masked_fill(hidden, -math.inf)
+    if world.sinks is not None:
+        sink = world.sinks.double()[:, None, None].expand(-1, n, 1)
+        scores = torch.cat([scores, sink], -1)
+    return (scores.softmax(-1).to(cast).double()[..., :n] @ v).transpose(0, 1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def check_parity(world: World) -> None:
+    """Every row of every sequence, as prompts, within twice what rounding operands to the cache's type loses."""
+    dtype = world.cache[0].dtype
+    found = run(world, [(s, 0, len(q)) for s, q in enumerate(world.q)])
+    for s, rows in enumerate(found):
+        expected = exact(world, s)
+        lost = error(exact(world, s, dtype), expected) if dtype != torch.float32 else 1e-6
+        assert error(rows, expected) < 2 * lost + 1e-6, (s, error(rows, expected), lost)
+
+
+def all_rows(world: World) -> list[Tensor]:
+    """Every row, each sequence alone and whole."""
+    return [run(world, [(s, 0, len(q))])[0] for s, q in enumerate(world.q)]
+
+
+VARIANTS = {
+    "plain": (SMALL, False),
+    "window": (replace(SMALL, window=40), False),
+    "window of a tile": (replace(SMALL, window=64), True),
+    "sinks": (SMALL, True),
+    "soft cap": (replace(SMALL, soft_cap=2.0), False),
+    "all": (replace(SMALL, window=300, soft_cap=1.5), True),
+    "one head": (Form(1, 1, 16, 0.3), False),
+    "group of 7, padded head": (Form(7, 1, 80, 0.1), True),
+    "group of 24": (Form(24, 1, 16, 0.3), False),
+    "large head": (Form(2, 1, 256, 0.0625), False),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("case", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_close_to_float64(case: str, dtype: torch.dtype) -> None:
+    form, has_sinks = VARIANTS[case]
+    check_parity(build(form, [1, 5, 63, 64, 65, 300], 32, dtype, has_sinks))
+
+
+@on_cpu
+@pytest.mark.parametrize("block_size", [16, 32, 256])
+def test_blocks_of_any_size_give_the_same_bits(block_size: int) -> None:
+    world, other = (build(SMALL, [300, 7], size, torch.float16) for size in (block_size, 64))
+    other.q, other.k, other.v = world.q, world.k, world.v
+    for number, cache in enumerate(other.cache):
+        for s, table in enumerate(other.tables):
+            for i, block in enumerate(table):
+                piece = (world.k, world.v)[number][s][i * 64 : (i + 1) * 64]
+                cache[block, : len(piece)] = piece
+    check_parity(world)
+    assert all(map(torch.equal, all_rows(world), all_rows(other)))
+
+
+@on_cpu
+@pytest.mark.parametrize("case", ["plain", "all", "group of 7, padded head"])
+def test_a_row_is_the_same_in_any_company(case: str) -> None:
+    form, has_sinks = VARIANTS[case]
+    check_company(build(form, [1, 5, 64, 70, 300, 530], 16, torch.float16, has_sinks), 10)
+
+
+def check_company(world: World, rounds: int) -> None:
+    """Chunks of random lengths of random sequences, in random order, give the bits of each sequence alone."""
+    rng, expected = random.Random(0), all_rows(world)
+    for _ in range(rounds):
+        chunks = []
+        for s in rng.sample(range(len(world.q)), rng.randint(1, len(world.q))):
+            n = len(world.q[s])
+            first = rng.randrange(n)
+            chunks.append((s, first, rng.choice([first + 1, rng.randint(first + 1, n)])))
+        for (s, first, end), rows in zip(chunks, run(world, chunks, rng.choice([0, 100])), strict=True):
+            assert torch.equal(rows, expected[s][first:end]), (s, first, end, chunks)
+
+
+@on_cpu
+@pytest.mark.parametrize("case", ["plain", "window", "all"])
+def test_shared_splits_give_the_bits_of_one_program(case: str) -> None:
+    form, has_sinks = VARIANTS[case]
+    check_parts(build(form, [1, 255, 256, 257, 1100], 32, torch.float16, has_sinks), [2, 3, 5])
+
+
+def check_parts(world: World, parts: list[int]) -> None:
+    expected = all_rows(world)
+    chunks = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
+    rows = max(16, 2 ** math.ceil(math.log2(world.form.group)))
+    for num_parts in [1, *parts]:
+        found = decode(world, chunks, Launch(rows, 4, 2, num_parts))
+        for s, row in enumerate(found):
+            assert torch.equal(row, expected[s][-1]), (s, num_parts)
+
+
+def check_padding(world: World) -> None:
+    """A sequence without context, as a padded batch has it, becomes zeros and disturbs nobody."""
+    chunks = [(0, 0, 1), (1, len(world.q[1]) - 1, len(world.q[1])), (0, 0, 1)]
+    pages = pages_of(world, chunks)
+    q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
+    expected = attend(q, *world.cache, pages, world.form)
+    padded = replace(pages, context_lens=pages.context_lens * torch.tensor([0, 1, 0], device=DEVICE))
+    found = attend(q, *world.cache, padded, world.form)
+    assert torch.equal(found[1], expected[1])
+    assert not found[0].any()
+    assert not found[2].any()
+
+
+@on_cpu
+@pytest.mark.parametrize("lens", [[1, 20], [1, 400]])
+def test_padding_sequences_are_zeros(lens: list[int]) -> None:
+    check_padding(build(SMALL, lens, 16, torch.float16))
+
+
+EVERY_SHAPE = pytest.mark.parametrize(
+    "form", [QWEN, LLAMA, PHI, Form(8, 1, 80, 0.1), Form(8, 2, 256, 0.0625)], ids=str
+)
+EVERY_TYPE = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@on_gpu
+@EVERY_SHAPE
+@EVERY_TYPE
+def test_close_to_float64_on_the_gpu(form: Form, dtype: torch.dtype) -> None:
+    lens = [1, 2, 3, 17, 63, 64, 65, 127, 255, 256, 257, 300, 1000, 2049]
+    check_parity(build(form, lens, 32, dtype))
+    check_parity(build(replace(form, window=128), lens, 16, dtype, has_sinks=True))
+    check_parity(build(replace(form, soft_cap=3.0), lens, 256, dtype))
+
+
+@on_gpu
+def test_float32_caches_and_long_contexts_on_the_gpu() -> None:
+    check_parity(build(QWEN, [1, 40, 300, 1025], 32, torch.float32))
+    check_parity(build(QWEN, [4100, 9000], 32, torch.float16))
+
+
+@on_gpu
+@EVERY_SHAPE
+@EVERY_TYPE
+def test_a_row_is_the_same_in_any_company_on_the_gpu(form: Form, dtype: torch.dtype) -> None:
+    rng = random.Random(1)
+    lens = [1, 2, *(rng.randint(1, 700) for _ in range(61)), 9000]
+    check_company(build(form, lens, 32, dtype), 40)
+    check_company(build(replace(form, window=200, soft_cap=4.0), lens, 16, dtype, has_sinks=True), 20)
+
+
+@on_gpu
+@EVERY_SHAPE
+def test_chunks_of_any_length_give_the_same_bits(form: Form) -> None:
+    world = build(form, [900], 32, torch.float16)
+    expected = all_rows(world)[0]
+    for size in (*range(1, 34), 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300):
+        rows = [run(world, [(0, first, min(first + size, 900))])[0] for first in range(0, 900, size)]
+        assert torch.equal(torch.cat(rows), expected), size
+
+
+@on_gpu
+@EVERY_SHAPE
+@EVERY_TYPE
+def test_shared_splits_give_the_bits_of_one_program_on_the_gpu(form: Form, dtype: torch.dtype) -> None:
+    lens = [1, 64, 255, 256, 257, 511, 512, 513, 2000, 9000]
+    check_parts(build(form, lens, 32, dtype), [2, 3, 7, 36])
+    check_parts(build(replace(form, window=700), lens, 32, dtype, has_sinks=True), [2, 5])
+
+
+@on_gpu
+@EVERY_SHAPE
+@EVERY_TYPE
+def test_tiles_of_any_shape_give_the_same_bits(form: Form, dtype: torch.dtype) -> None:
+    """Few rows use one kind of tensor core instruction, many another; warps divide rows or columns."""
+    world = build(form, [70, 1, 513, 900], 32, dtype)
+    chunks = [(s, 0, len(q)) for s, q in enumerate(world.q)]
+    q = torch.cat(world.q)
+    expected = torch.cat(all_rows(world))
+    expected[70] = math.nan
+    for rows, num_warps, num_stages in [
+        (16, 1, 2),
+        (16, 4, 3),
+        (32, 4, 2),
+        (64, 4, 3),
+        (64, 8, 2),
+        (128, 4, 2),
+        (128, 8, 3),
+    ]:
+        out = torch.full_like(q, math.nan)
+        call = Call(out, q, *world.cache, pages_of(world, chunks), form, None)
+        kernels.launch_prompts(call, Launch(rows, num_warps, num_stages))
+        assert torch.equal(out.nan_to_num(), expected.nan_to_num()), (rows, num_warps, num_stages)
+
+
+@on_gpu
+def test_padding_and_a_captured_batch() -> None:
+    """A graph captured for short contexts, replayed for other sequences and long ones."""
+    world = build(LLAMA, [5, 400, 9000, 300], 32, torch.float16)
+    check_padding(world)
+    width = len(world.tables[2])
+    chunks = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
+    pages = pages_of(world, [chunks[0]] * 4, width)
+    q = torch.cat([world.q[0][4:5]] * 4)
+    attend(q, *world.cache, pages, LLAMA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, *world.cache, pages, LLAMA)
+    fresh = pages_of(world, chunks, width)
+    q.copy_(torch.cat([world.q[s][-1:] for s in range(4)]))
+    pages.context_lens.copy_(fresh.context_lens)
+    pages.block_table.copy_(fresh.block_table)
+    graph.replay()
+    assert torch.equal(out, torch.cat([rows[-1:] for rows in all_rows(world)]))

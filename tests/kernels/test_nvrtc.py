@@ -1,0 +1,106 @@
+"""The CUDA text compiles for every card it is meant for, without a GPU; compiled code is kept and checked on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from worker_orcd.errors import CudaError
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.kernels import nvrtc
+from worker_orcd.kernels.linear import source
+from worker_orcd.kernels.linear.plan import Card, FewTokens, ManyTokens, plan_linear
+from worker_orcd.kernels.ops import ops
+from worker_orcd.quant.format import FORMATS
+
+try:
+    nvrtc.nvrtc()
+except CudaError as error:
+    pytest.skip(f"{error.message}", allow_module_level=True)
+
+CARDS = {
+    "sm_80": Card(False, 163 * 1024),
+    "sm_89": Card(False, 99 * 1024),
+    "sm_90a": Card(True, 227 * 1024),
+    "sm_100a": Card(False, 227 * 1024),
+}
+EVERY_CARD = pytest.mark.parametrize("arch", CARDS)
+TINY = 'extern "C" __global__ void one(int* x) { *x = 1; }'
+
+
+@EVERY_CARD
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
+    """The variants of a layer's matrix; on Hopper both kernels."""
+    plan = plan_linear(4096, 4096, kind)
+    variants = plan.variants(CARDS[arch])
+    assert {type(v) for v in variants} == ({FewTokens, ManyTokens} if arch == "sm_90a" else {FewTokens})
+    for variant in variants:
+        name, text, headers = source.kernel_text(variant)
+        code = nvrtc.compile_cubin(text, headers, source.options(kind, variant), arch)
+        assert code.startswith(b"\x7fELF")
+        assert name.encode() in code
+
+
+@EVERY_CARD
+def test_the_other_kernels_compile(arch: str) -> None:
+    assert b"sum_slices" in nvrtc.compile_cubin(source.text("image.cu"), source.headers(), (), arch)
+    for bits in sorted(ops.KV_BITS.values()):
+        assert b"rope_store" in nvrtc.compile_cubin(ops._text("rows.cu"), {}, (f"-DKV_BITS={bits}",), arch)
+
+
+def test_what_does_not_compile_says_why() -> None:
+    with pytest.raises(nvrtc.CompileFailed, match=r"for sm_80: .*undefined_name"):
+        nvrtc.compile_cubin("__global__ void f() { undefined_name(); }", {}, (), "sm_80")
+
+
+def test_architectures() -> None:
+    assert [nvrtc.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == list(CARDS)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "worker-orcd" / "kernels"
+
+
+def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_cubin(*_: object) -> bytes:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", compile_cubin)
+
+
+def test_code_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = nvrtc.cubin(TINY, {}, (), "sm_80")
+    assert len(list(cache.iterdir())) == 1
+    forbid_compiling(monkeypatch)
+    assert nvrtc.cubin(TINY, {}, (), "sm_80") == code
+    for other in ((TINY + " ", {}, (), "sm_80"), (TINY, {"a.cuh": ""}, (), "sm_80"), (TINY, {}, ("-DX",), "sm_80")):
+        with pytest.raises(AssertionError, match="compiled again"):
+            nvrtc.cubin(*other)
+    with pytest.raises(AssertionError, match="compiled again"):
+        nvrtc.cubin(TINY, {}, (), "sm_89")
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: "99.9")
+    with pytest.raises(AssertionError, match="compiled again"):
+        nvrtc.cubin(TINY, {}, (), "sm_80")
+
+
+@pytest.mark.parametrize("garbage", [b"", b"short", bytes(5000)])
+def test_garbage_in_the_cache_is_replaced(garbage: bytes, cache: Path) -> None:
+    code = nvrtc.cubin(TINY, {}, (), "sm_80")
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(garbage)
+    assert nvrtc.cubin(TINY, {}, (), "sm_80") == code
+    assert entry.read_bytes() == whole
+    entry.write_bytes(whole[:-1])
+    assert nvrtc.cubin(TINY, {}, (), "sm_80") == code
+    assert [path.name for path in cache.iterdir()] == [entry.name]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert nvrtc.cubin(TINY, {}, (), "sm_80").startswith(b"\x7fELF")

@@ -1,0 +1,58 @@
+"""Plans: slices follow from shape and format alone, variants fit the card."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker_orcd.gguf.types import GgmlType as G
+from worker_orcd.kernels.linear.plan import LONGEST_SLICE, SAMPLE_TOKENS, Card, FewTokens, ManyTokens, plan_linear
+from worker_orcd.quant.format import FORMATS
+from worker_orcd.quant.tiles import TILE_K, tile_bytes, tile_grid
+
+HOPPER, ADA, AMPERE = Card(True, 227 * 1024), Card(False, 99 * 1024), Card(False, 163 * 1024)
+SHAPES = [(n, k) for n in (1, 16, 100, 896, 4096, 28672, 151936) for k in (256, 512, 4864, 4096, 14336, 28672)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "slices"),
+    [
+        (G.Q4_K, 28672, 4096, 2), (G.Q4_K, 6144, 4096, 4), (G.Q4_K, 4096, 4096, 8), (G.Q4_K, 4096, 14336, 8),
+        (G.Q6_K, 128256, 4096, 1), (G.Q4_K, 9216, 3072, 3), (G.Q4_K, 3072, 3072, 6), (G.Q4_K, 16384, 3072, 2),
+        (G.Q4_K, 3072, 8192, 8), (G.Q5_0, 1152, 896, 7), (G.Q5_0, 9728, 896, 3), (G.Q4_K, 896, 4864, 19),
+        (G.Q8_0, 5120, 2880, 6), (G.Q8_0, 2880, 4096, 8), (G.Q8_0, 201088, 2880, 1), (G.Q6_K, 128256, 8192, 2),
+    ],
+)  # fmt: skip
+def test_slices_of_known_shapes(kind: G, n: int, k: int, slices: int) -> None:
+    assert plan_linear(n, k, kind).slices == slices
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_every_variant_fits_its_card(kind: G) -> None:
+    for shape in SHAPES:
+        plan = plan_linear(*shape, kind)
+        assert 1 <= plan.slices <= tile_grid(kind, shape)[1]
+        assert plan.longest_slice_tiles * TILE_K[kind] <= LONGEST_SLICE
+        for card in (HOPPER, ADA, AMPERE):
+            for num_tokens in (*range(1, 70), 127, 128, 129, 500, 2048):
+                variant = plan.variant(num_tokens, card)
+                assert plan.shared_bytes(variant) <= card.shared_bytes
+                assert variant in plan.variants(card), "it would not be compiled ahead"
+                if isinstance(variant, FewTokens):
+                    assert num_tokens <= 16 or not card.has_wgmma
+                    assert variant.warps * variant.ctas <= 28, "fewer than 72 registers a thread"
+                else:
+                    assert card.has_wgmma
+                    sums = variant.tokens // 2 * (2 if variant.sequential and variant.tokens <= 128 else 1)
+                    assert sums + 32 + tile_bytes(kind) // 128 * variant.depth <= 216, "registers of a thread"
+
+
+def test_sample_tokens_meet_every_rule() -> None:
+    assert SAMPLE_TOKENS[0] == 1
+    assert {type(plan_linear(4096, 4096, G.Q4_K).variant(t, HOPPER)) for t in SAMPLE_TOKENS} == {
+        FewTokens,
+        ManyTokens,
+    }
+
+
+def test_a_benchmark_may_cut_otherwise() -> None:
+    assert plan_linear(4096, 4096, G.Q4_K, slices=5).slices == 5

@@ -1,0 +1,139 @@
+"""Packing moves bits and loses none; the order is that of the reference layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from worker_orcd.errors import ModelLoadFailed
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.quant.format import FORMATS, format_of
+from worker_orcd.quant.repack import SCALE_PLACES, check_scales, gather_rows, pack, unpack
+from worker_orcd.quant.repack_bits import bit_sources
+from worker_orcd.quant.tiles import TILE_K, packed_bytes, tile_bytes
+from worker_orcd.quant.types import RUNNABLE
+
+FORMAT_NAMES = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+
+
+def random_raw(kind: GgmlType, n: int, k: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int(kind) + n + k)
+    return torch.randint(0, 256, (n * kind.row_bytes(k),), dtype=torch.uint8, generator=generator)
+
+
+def widths(kind: GgmlType) -> list[int]:
+    """Inputs that fill tiles, and that do not where the format allows it."""
+    return [512, 768] if kind.block_elems == 256 else [128, 96, 416] if kind.block_elems == 32 else [128, 5, 203]
+
+
+def test_every_runnable_type_has_tiles() -> None:
+    assert set(TILE_K) == RUNNABLE
+
+
+@FORMAT_NAMES
+def test_a_tile_is_a_permutation_of_the_bits_of_its_blocks(kind: GgmlType) -> None:
+    assert torch.equal(bit_sources(kind).sort().values, torch.arange(8 * tile_bytes(kind)))
+
+
+@FORMAT_NAMES
+@pytest.mark.parametrize("n", [1, 16, 50])
+def test_unpack_is_the_inverse_of_pack(kind: GgmlType, n: int) -> None:
+    for k in widths(kind):
+        raw = random_raw(kind, n, k)
+        tiles = pack(raw, kind, (n, k))
+        assert tiles.nbytes == packed_bytes(kind, (n, k))
+        assert torch.equal(unpack(tiles, kind, (n, k)), raw)
+
+
+@FORMAT_NAMES
+def test_a_matrix_of_many_pieces(kind: GgmlType, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = random_raw(kind, 120, 512)
+    whole = pack(raw, kind, (120, 512))
+    monkeypatch.setattr("worker_orcd.quant.repack.PIECE_BYTES", 3 * whole[0].nbytes)
+    assert torch.equal(pack(raw, kind, (120, 512)), whole)
+    assert torch.equal(unpack(whole, kind, (120, 512)), raw)
+
+
+@FORMAT_NAMES
+def test_rows_are_read_as_the_format_defines_them(kind: GgmlType) -> None:
+    for k in widths(kind):
+        raw = random_raw(kind, 37, k)
+        expected = format_of(kind).dequantize(raw.view(-1, kind.block_bytes)).view(37, k)
+        rows = torch.tensor([36, 0, 15, 16, 16, 7])
+        found = gather_rows(pack(raw, kind, (37, k)), kind, k, rows)
+        assert found.shape == (6, k)
+        number = ~expected[rows].isnan()  # a NaN may change its payload
+        assert torch.equal(found.isnan(), ~number)
+        assert torch.equal(found.view(torch.int32)[number], expected[rows].view(torch.int32)[number])
+    assert gather_rows(pack(raw, kind, (37, k)), kind, k, rows[:0]).shape == (0, k)
+
+
+def test_more_rows_than_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = pack(random_raw(GgmlType.Q8_0, 37, 96), GgmlType.Q8_0, (37, 96))
+    rows = torch.arange(37).flip(0)
+    whole = gather_rows(tiles, GgmlType.Q8_0, 96, rows)
+    monkeypatch.setattr("worker_orcd.quant.repack.GATHERED_ROWS", 5)
+    assert torch.equal(gather_rows(tiles, GgmlType.Q8_0, 96, rows).nan_to_num(), whole.nan_to_num())
+
+
+def word(tiles: torch.Tensor, byte: int) -> int:
+    return int.from_bytes(bytes(tiles.flatten()[byte : byte + 4].tolist()), "little")
+
+
+def one_element(kind: GgmlType, first: int, row: int, k: int, value: int) -> torch.Tensor:
+    """One tile of zero bytes but for a nibble: blocks of 32, `first` the byte where nibbles begin."""
+    raw = torch.zeros(16 * kind.row_bytes(TILE_K[kind]), dtype=torch.uint8)
+    at = (row * TILE_K[kind] + k) // 32 * kind.block_bytes + first + k % 16
+    raw[at] = value << (4 if k % 32 >= 16 else 0)
+    return pack(raw, kind, (16, TILE_K[kind]))
+
+
+@pytest.mark.parametrize(("row", "k"), [(0, 0), (3, 33), (11, 127), (8, 18), (15, 70)])
+def test_where_a_nibble_lies(row: int, k: int) -> None:
+    """k = 32·quad + 4·j + 2·hh + e; 16-byte load j // 4, word 2·(j // 2 % 2) + r, bits 4·(2·(j % 2) + hh) + 16·e."""
+    quad, j, hh, e = k // 32, k % 32 // 4, k // 2 % 2, k % 2
+    lane, half = 4 * (row % 8) + quad, row // 8
+    byte = j // 4 * 512 + lane * 16 + 4 * (2 * (j // 2 % 2) + half)
+    tiles = one_element(GgmlType.Q4_0, 2, row, k, 13)
+    assert word(tiles, byte) == 13 << (4 * (2 * (j % 2) + hh) + 16 * e)
+    assert int(tiles.count_nonzero()) == 1
+
+
+def test_a_code_of_mxfp4_lies_under_the_bits_of_bf16() -> None:
+    """Pairs 0 to 3 of a word come to 0x81C0 in each half by no shift, << 3, << 6 and << 1, >> 3 and << 2."""
+    for pair, (magnitude, sign) in enumerate([(0, 0), (3, 3), (6, 1), (-3, 2)]):
+        k = 4 * (pair // 2) + 2 * (pair % 2) + 1  # of the pair the upper half
+        bits = word(one_element(GgmlType.MXFP4, 1, 0, k, 0b1101), 0) >> 16
+        moved = bits << magnitude if magnitude >= 0 else bits >> -magnitude
+        assert moved & 0x01C0 == 0b101 << 6
+        assert bits << sign & 0x8000
+
+
+def test_bytes_of_q8_0_are_stored_with_the_sign_bit_flipped() -> None:
+    tiles = pack(torch.zeros(16 * 136, dtype=torch.uint8), GgmlType.Q8_0, (16, 128)).flatten()
+    assert torch.equal(tiles[:2048], torch.full((2048,), 0x80, dtype=torch.uint8))
+    assert not tiles[2048:].any()
+
+
+@pytest.mark.parametrize("kind", SCALE_PLACES, ids=lambda kind: kind.name)
+def test_scales_beyond_what_the_kernels_take_are_refused(kind: GgmlType) -> None:
+    byte, factor = SCALE_PLACES[kind]
+    blocks = torch.zeros(5, kind.block_bytes, dtype=torch.uint8)
+
+    def set_scale(value: float) -> torch.Tensor:
+        blocks[3, byte : byte + 2] = torch.tensor([value]).half().view(torch.uint8)
+        return blocks.flatten()
+
+    check_scales(set_scale(-1020.0 / factor), kind)
+    for value in (1026.0 / factor, -1026.0 / factor, torch.inf, torch.nan):
+        with pytest.raises(ModelLoadFailed, match=f"a scale of a {kind.name} tensor"):
+            check_scales(set_scale(value), kind)
+
+
+def test_exponents_of_mxfp4_beyond_what_the_kernels_take_are_refused() -> None:
+    blocks = torch.full((5, 17), 255, dtype=torch.uint8)
+    blocks[:, 0] = 144
+    check_scales(blocks.flatten(), GgmlType.MXFP4)
+    blocks[4, 0] = 145
+    with pytest.raises(ModelLoadFailed, match="MXFP4"):
+        check_scales(blocks.flatten(), GgmlType.MXFP4)
