@@ -1,8 +1,8 @@
 """Every byte a worker will need, from the header alone: nothing is loaded, no device is touched, no torch.
 
 The reference backend keeps weights and cache in float32, the CUDA backend keeps weights in the file's bits and the
-cache in float16. Weights, cache and tables are exact; the step's workspace is an upper bound of what is alive at once,
-summed operation by operation.
+cache in float16. Weights, cache and tables are exact; the step's workspace is an upper bound of what is alive at
+once, summed operation by operation.
 
 The cache is as large as the user says or, unless told, gives every place of the batch a full context as long as that
 stays below DEFAULT_CACHE_BYTES; it always holds at least one full context, so whatever is accepted can be finished.
