@@ -9,9 +9,8 @@ from typing import Any
 from worker_orcd.engine.core import EngineCore, Output
 from worker_orcd.engine.request import Event, ModelInfo, Request, SamplingParams
 from worker_orcd.engine.scheduler import SchedulerLimits
-from worker_orcd.engine.sequence import Chunk, Plan, Sequence
-from worker_orcd.engine.step import Launched, Result
-from worker_orcd.kv.allocator import CacheFull
+from worker_orcd.engine.sequence import Chunk, Plan
+from worker_orcd.engine.step import CachedStep, Launched, Result
 from worker_orcd.kv.paged import PagedAllocator
 
 EOS = 2
@@ -37,7 +36,7 @@ class ScriptedLaunch:
 
 
 @dataclass
-class ScriptedStep:
+class ScriptedStep(CachedStep):
     """Emits 10, 11, 12 … for everyone. `on_chunk` sees each chunk first: it may give another result, or raise."""
 
     num_blocks: int = 16
@@ -50,25 +49,7 @@ class ScriptedStep:
     max_new_tokens: int = 1
 
     def __post_init__(self) -> None:
-        self.allocator = PagedAllocator(self.num_blocks, self.block_size, self.erased.extend)
-
-    def available(self) -> int:
-        return self.allocator.available()
-
-    def start(self, seq: Sequence, spare: int) -> None:
-        table = self.allocator.new_table()
-        try:
-            hits = self.allocator.reuse(table, seq.chain.keys(seq.tokens, len(seq.tokens) - 1))
-            self.allocator.grow(table, seq.num_tokens, spare)
-        except CacheFull:
-            self.allocator.release(table)
-            raise
-        seq.table = table
-        seq.num_cached = seq.num_computed = hits * self.block_size
-
-    def grow(self, seq: Sequence, tokens: int, spare: int) -> None:
-        assert seq.table is not None
-        self.allocator.grow(seq.table, tokens, spare)
+        super().__init__(PagedAllocator(self.num_blocks, self.block_size, self.erased.extend))
 
     def launch(self, plan: Plan) -> Launched:
         self.plans.append([(c.sequence.request.id, c.first, c.num_tokens) for c in plan])
@@ -78,29 +59,6 @@ class ScriptedStep:
             token = 10 + chunk.first + chunk.num_tokens - chunk.sequence.num_prompt
             results.append(([token] if chunk.samples else []) if forced is None else forced)
         return ScriptedLaunch(plan, results, self.on_wait)
-
-    def confirm(self, seq: Sequence, num_tokens: int) -> None:
-        assert seq.table is not None
-        self.allocator.publish(seq.table, seq.chain.keys(seq.tokens, num_tokens))
-
-    def distrust(self, seq: Sequence) -> None:
-        assert seq.table is not None
-        self.allocator.condemn(seq.table)
-
-    def free(self, seq: Sequence) -> None:
-        assert seq.table is not None
-        self.allocator.release(seq.table)
-        seq.table = None
-
-    def drop_cache(self) -> None:
-        self.allocator.drop_cache()
-
-    def usage(self) -> tuple[int, int, int]:
-        idle = self.allocator.num_idle()
-        return self.num_blocks - self.allocator.available(), idle, self.allocator.num_evicted
-
-    def check(self) -> None:
-        self.allocator.check()
 
 
 @dataclass

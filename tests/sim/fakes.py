@@ -14,7 +14,7 @@ from worker_orcd.engine import scheduler
 from worker_orcd.engine.request import Request
 from worker_orcd.engine.scheduler import SchedulerLimits
 from worker_orcd.engine.sequence import Chunk, Plan, Sequence
-from worker_orcd.engine.step import Result
+from worker_orcd.engine.step import CachedStep, Result
 from worker_orcd.errors import NumericFault
 from worker_orcd.kv.allocator import BlockTable, CacheFull, KVCacheAllocator
 
@@ -134,7 +134,7 @@ class Memory:
 
 
 @dataclass
-class FakeStep:
+class FakeStep(CachedStep):
     """InferenceStep over a real allocator and the fake memory; PlainStep without tensors, plus the checks."""
 
     allocator: KVCacheAllocator
@@ -160,23 +160,14 @@ class FakeStep:
     max_new_tokens = 1
 
     def __post_init__(self) -> None:
-        self.block_size, self.num_blocks = self.allocator.block_size, self.allocator.num_blocks
+        super().__init__(self.allocator)
         self.allocator._erase = self._erase  # type: ignore[attr-defined]
-
-    def available(self) -> int:
-        return self.allocator.available()
 
     def start(self, seq: Sequence, spare: int) -> None:
         self._maybe_refuse("full at start")
-        table = self.allocator.new_table()
-        try:
-            hits = self.allocator.reuse(table, seq.chain.keys(seq.tokens, len(seq.tokens) - 1))
-            require(not self.suspect.intersection(table.blocks), "I18: a faulted block was found in the cache")
-            self.allocator.grow(table, seq.num_tokens, spare)
-        except CacheFull:
-            self.allocator.release(table)
-            raise
-        seq.table, seq.num_computed, seq.num_cached = table, hits * self.block_size, hits * self.block_size
+        super().start(seq, spare)
+        hits = self.table(seq).blocks[: seq.num_cached // self.block_size]
+        require(not self.suspect.intersection(hits), "I18: a faulted block was found in the cache")
         self.held[seq.number], self.reserved[seq.number] = seq, seq.num_tokens
         is_first = seq.num_preempted == 0
         self.starts.append((seq.number, seq.num_prompt * is_first, seq.num_cached * is_first))
@@ -187,7 +178,7 @@ class FakeStep:
         if not self.in_flight and not is_guaranteed:  # else nobody is ready to yield
             self._maybe_refuse("full at growth")
         require(not is_guaranteed or self.available() > 0, "I14: blocks put aside for a sequence are gone")
-        self.allocator.grow(seq.table, tokens, spare)
+        super().grow(seq, tokens, spare)
 
     def _maybe_refuse(self, fault: str) -> None:
         if self.faults.hits(fault):
@@ -256,8 +247,7 @@ class FakeStep:
     def confirm(self, seq: Sequence, num_tokens: int) -> None:
         table = self.table(seq)
         before = table.num_published
-        if num_tokens // self.block_size > before:
-            self.allocator.publish(table, seq.chain.keys(seq.tokens, num_tokens))
+        super().confirm(seq, num_tokens)
         for i in range(before, table.num_published):
             truth = self.truths[seq.number].marks[i * self.block_size : (i + 1) * self.block_size]
             block = table.blocks[i]
@@ -265,28 +255,14 @@ class FakeStep:
                 require(all(self.memory.sure[block]), "I8: a block is published before its content is confirmed")
                 require(self.memory.marks[block] == truth, "I7: a published block holds another text")
 
-    def distrust(self, seq: Sequence) -> None:
-        self.allocator.condemn(self.table(seq))
-
     def free(self, seq: Sequence) -> None:
         planned = [chunk.sequence for launched in self.in_flight for chunk in launched.plan]
         require(seq not in planned, "I16: blocks are freed while a step writes to them")
         if not seq.has_ended:
             others = [o for o in self.running() if o.num_preempted < scheduler.MAX_PREEMPTED]
             require(seq is max(others, key=self._juniority, default=seq), "P17: a senior yields to a junior")
-        self.allocator.release(self.table(seq))
+        super().free(seq)
         del self.held[seq.number]
-        seq.table = None
-
-    def drop_cache(self) -> None:
-        self.allocator.drop_cache()
-
-    def usage(self) -> tuple[int, int, int]:
-        idle = self.allocator.num_idle()
-        return self.num_blocks - self.allocator.available(), idle, self.allocator.num_evicted
-
-    def check(self) -> None:
-        self.allocator.check()
 
     def running(self) -> list[Sequence]:
         return [seq for seq in self.held.values() if not seq.has_ended]

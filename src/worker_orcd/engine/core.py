@@ -64,7 +64,7 @@ class EngineCore:
         cache_scope: dict[str, str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._step, self._limits, self._eog_ids = step, limits, eog_ids
+        self._step, self._eog_ids = step, eog_ids
         self._cache_scope, self._clock = cache_scope, clock
         self._scheduler = Scheduler(step, limits)
         self._sequences: dict[int, Sequence] = {}  # waiting or running, by number
@@ -146,7 +146,7 @@ class EngineCore:
         except CudaError:
             raise
         except Exception as error:
-            launched = Done(plan, [_blame(error)]) if len(plan) == 1 else self._one_by_one(plan)
+            launched = Done(plan, [blame(error)]) if len(plan) == 1 else self._one_by_one(plan)
         for chunk in launched.plan:
             seq = chunk.sequence
             seq.num_computed += chunk.num_tokens
@@ -166,7 +166,7 @@ class EngineCore:
             except CudaError:
                 raise
             except Exception as error:
-                results.append(_blame(error))
+                results.append(blame(error))
         return Done(plan, results)
 
     def _settle(self) -> None:
@@ -178,7 +178,7 @@ class EngineCore:
         except CudaError:
             raise
         except Exception as error:
-            results = [_blame(error)] * len(launched.plan)
+            results = [blame(error)] * len(launched.plan)
         for chunk, result in zip(launched.plan, results, strict=True):
             seq = chunk.sequence
             seq.num_unknown -= chunk.samples
@@ -270,7 +270,7 @@ class EngineCore:
         )
 
 
-def _blame(error: Exception) -> WorkerError:
+def blame(error: Exception) -> WorkerError:
     """What to tell the one whose computation raised `error`; its text might quote a prompt, so it is not shown."""
     if isinstance(error, WorkerError):
         return error

@@ -7,16 +7,14 @@ cannot be taken for another.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from worker_orcd.engine.core import EngineCore, Output
+from worker_orcd.engine.core import EngineCore, Output, blame
 from worker_orcd.engine.request import ModelInfo, Request, SamplingParams
-from worker_orcd.errors import ShuttingDown, WorkerError
+from worker_orcd.errors import ShuttingDown
 
 IDLE_CHECK_S = 0.2  # quiet for so long, the engine checks that its cache adds up
 
@@ -57,12 +55,9 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
 
     @classmethod
     def by(cls, error: Exception) -> Broken:
-        if isinstance(error, WorkerError):
-            details = {key: _printable(value) for key, value in error.details.items()}
-            return cls(error.code, _printable(error.message), details)
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
-        return cls("INTERNAL", f"the engine failed: {place}", {})
+        cause = blame(error)
+        details = {key: _printable(value) for key, value in cause.details.items()}
+        return cls(cause.code, _printable(cause.message), details)
 
 
 def _printable(value: Any) -> Any:

@@ -58,6 +58,12 @@ def pack(plan: Plan, device: torch.device, last_sampled: Tensor | None = None) -
     return Batch(parts[0], parts[2], parts[5], attn)
 
 
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for: from ordinary memory it would wait for all that is launched."""
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 def _fill(flat: np.ndarray, sections: list[list[int]], plan: Plan, width: int) -> None:
     """Write the sections one after the other, then the block tables, padded with zeros."""
     at = 0

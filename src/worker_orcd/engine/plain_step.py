@@ -12,10 +12,9 @@ from torch import Tensor
 from worker_orcd.engine.pack import pack
 from worker_orcd.engine.runtime import Runtime
 from worker_orcd.engine.sampler import Sampler, SamplingBatch
-from worker_orcd.engine.sequence import Plan, Sequence
-from worker_orcd.engine.step import Launched, Result
+from worker_orcd.engine.sequence import Plan
+from worker_orcd.engine.step import CachedStep, Launched, Result
 from worker_orcd.errors import CudaError, NumericFault, VramOom
-from worker_orcd.kv.allocator import CacheFull
 
 
 @contextmanager
@@ -29,36 +28,16 @@ def device_errors() -> Iterator[None]:
         raise CudaError(f"the device failed: {str(error).splitlines()[0]}") from error
 
 
-class PlainStep:
+class PlainStep(CachedStep):
     """Implements InferenceStep. Nothing here logs, measures or talks to anyone."""
 
     max_new_tokens = 1
 
     def __init__(self, runtime: Runtime, sampler: Sampler) -> None:
+        super().__init__(runtime.allocator)
         self._runtime, self._sampler = runtime, sampler
-        self._allocator = runtime.allocator
         self._last_sampled: Tensor | None = None  # i64 [R] of the step before, on the device
         self.overlaps = runtime.device.type == "cuda"
-        self.block_size, self.num_blocks = self._allocator.block_size, self._allocator.num_blocks
-
-    def available(self) -> int:
-        return self._allocator.available()
-
-    def start(self, seq: Sequence, spare: int) -> None:
-        table = self._allocator.new_table()
-        known = len(seq.tokens) - 1  # the last token is always computed: its logits are wanted
-        try:
-            num_hits = self._allocator.reuse(table, seq.chain.keys(seq.tokens, known))
-            self._allocator.grow(table, seq.num_tokens, spare)
-        except CacheFull:
-            self._allocator.release(table)
-            raise
-        seq.table = table
-        seq.num_cached = seq.num_computed = num_hits * self.block_size
-
-    def grow(self, seq: Sequence, tokens: int, spare: int) -> None:
-        assert seq.table is not None
-        self._allocator.grow(seq.table, tokens, spare)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
@@ -74,30 +53,6 @@ class PlainStep:
             seq.sampled_row = row
         self._last_sampled = sampled
         return PlainLaunched(plan, sampled, is_finite)
-
-    def confirm(self, seq: Sequence, num_tokens: int) -> None:
-        assert seq.table is not None
-        if num_tokens // self.block_size > seq.table.num_published:
-            self._allocator.publish(seq.table, seq.chain.keys(seq.tokens, num_tokens))
-
-    def distrust(self, seq: Sequence) -> None:
-        assert seq.table is not None
-        self._allocator.condemn(seq.table)
-
-    def free(self, seq: Sequence) -> None:
-        assert seq.table is not None
-        self._allocator.release(seq.table)
-        seq.table = None
-
-    def drop_cache(self) -> None:
-        self._allocator.drop_cache()
-
-    def usage(self) -> tuple[int, int, int]:
-        idle = self._allocator.num_idle()
-        return self.num_blocks - self._allocator.available(), idle, self._allocator.num_evicted
-
-    def check(self) -> None:
-        self._allocator.check()
 
 
 @dataclass

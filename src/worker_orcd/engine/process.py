@@ -68,10 +68,6 @@ class ProcessLink:
         self._receive: Callable[[Message], None] = lambda _: None
         self._is_closed = False
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def configure(self, setup: bytes) -> None:
         """Tell the child what to load: one line."""
         assert self._process.stdin is not None

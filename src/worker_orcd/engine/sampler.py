@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worker_orcd.engine.pack import to_device
 from worker_orcd.engine.sequence import Sequence
 
 MIN_PENALTY = 1e-6  # a repetition penalty of 0 is legal; it divides
@@ -67,6 +68,7 @@ class SamplingBatch:
     penalty: Tensor  # f64 [P], one for each (row, id) below
     seen_rows: Tensor  # i64 [P]
     seen_ids: Tensor  # i64 [P], generated ids of rows with a penalty; doubles are fine
+    seen_starts: list[int]  # [R + 1], where the ids of each row begin
     has_filters: bool  # top-k, top-p or min-p in any row
     is_all_greedy: bool
 
@@ -83,46 +85,49 @@ class SamplingBatch:
             [p.min_p for p in params],
             uniforms([p.seed for p in params], [seq.num_tokens for seq in rows]),
         ]
-        floats = torch.from_numpy(np.array(columns, dtype=np.float64)).to(device).unsqueeze(-1)  # top_k ≤ 2^53 or off
-        seen = [(row, seq, p.repetition_penalty) for row, (seq, p) in enumerate(zip(rows, params, strict=True))
-                if p.repetition_penalty != 1.0 and seq.num_generated]  # fmt: skip
-        penalty, seen_rows, seen_ids = _history(seen, last_sampled, device)
+        floats = to_device(np.array(columns, dtype=np.float64), device).unsqueeze(-1)  # top_k ≤ 2^53 or off
+        penalty, (seen_rows, seen_ids), seen_starts = _history(rows, last_sampled, device)
         return cls(
             floats[0], floats[1] > 0, floats[2].long(), floats[3], floats[4], floats[5], penalty, seen_rows, seen_ids,
+            seen_starts,
             has_filters=any(p.top_k or p.top_p < 1.0 or p.min_p for p in params),
             is_all_greedy=all(greedy),
         )  # fmt: skip
 
     def tile(self, first: int, last: int) -> SamplingBatch:
         """Rows `first` to `last - 1`."""
-        rows, mine = slice(first, last), (self.seen_rows >= first) & (self.seen_rows < last)
+        rows, starts = slice(first, last), self.seen_starts[first : last + 1]
+        mine = slice(starts[0], starts[-1])  # known to the host: a mask would make it wait for the device
         return SamplingBatch(
             self.temperature[rows], self.is_greedy[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows],
             self.uniform[rows], self.penalty[mine], self.seen_rows[mine] - first, self.seen_ids[mine],
-            self.has_filters, self.is_all_greedy,
+            [start - starts[0] for start in starts], self.has_filters, self.is_all_greedy,
         )  # fmt: skip
 
 
 def _history(
-    seen: list[tuple[int, Sequence, float]], last_sampled: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Penalty, row and id of every generated token of `seen`."""
-    penalties, rows, ids = list[float](), list[int](), list[int]()
+    rows: list[Sequence], last_sampled: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Penalty [P], row and id [2, P] of every generated token of rows with a penalty, and where each row's begin."""
+    penalties, owners, ids, starts = list[float](), list[int](), list[int](), [0]
     late_at, late_sources = list[int](), list[int]()
-    for row, seq, penalty in seen:
-        known = seq.generated
-        if seq.num_unknown:
-            late_at.append(len(ids) + len(known))
-            late_sources.append(seq.sampled_row)
-            known.append(0)
-        ids += known
-        rows += [row] * len(known)
-        penalties += [max(penalty, MIN_PENALTY)] * len(known)
-    columns = torch.tensor([rows, ids], dtype=torch.int64).to(device)
+    for row, seq in enumerate(rows):
+        penalty = seq.request.sampling.repetition_penalty
+        if penalty != 1.0:
+            ids += seq.generated
+            if seq.num_unknown:
+                late_at.append(len(ids))
+                late_sources.append(seq.sampled_row)
+                ids.append(0)
+            owners += [row] * (len(ids) - starts[-1])
+            penalties += [max(penalty, MIN_PENALTY)] * (len(ids) - starts[-1])
+        starts.append(len(ids))
+    columns = to_device(np.array([owners, ids], dtype=np.int64), device)
     if late_at:
         assert last_sampled is not None
-        columns[1, torch.tensor(late_at, device=device)] = last_sampled[torch.tensor(late_sources, device=device)]
-    return torch.tensor(penalties, dtype=torch.float64).to(device), columns[0], columns[1]
+        late = to_device(np.array([late_at, late_sources], dtype=np.int64), device)
+        columns[1, late[0]] = last_sampled[late[1]]
+    return to_device(np.array(penalties, dtype=np.float64), device), columns, starts
 
 
 class Sampler:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from worker_orcd.engine.sequence import Plan, Sequence
 from worker_orcd.errors import WorkerError
+from worker_orcd.kv.allocator import CacheFull, KVCacheAllocator
 
 Result = list[int] | WorkerError  # new tokens of one sequence, or what went wrong with it alone
 
@@ -73,3 +74,54 @@ class InferenceStep(Protocol):
     def check(self) -> None:
         """Assert that the cache adds up."""
         ...
+
+
+class CachedStep:
+    """The half of an InferenceStep that owns the cache. A subclass launches."""
+
+    def __init__(self, allocator: KVCacheAllocator) -> None:
+        self.allocator = allocator
+        self.block_size, self.num_blocks = allocator.block_size, allocator.num_blocks
+
+    def available(self) -> int:
+        return self.allocator.available()
+
+    def start(self, seq: Sequence, spare: int) -> None:
+        table = self.allocator.new_table()
+        known = len(seq.tokens) - 1  # the last token is always computed: its logits are wanted
+        try:
+            num_hits = self.allocator.reuse(table, seq.chain.keys(seq.tokens, known))
+            self.allocator.grow(table, seq.num_tokens, spare)
+        except CacheFull:
+            self.allocator.release(table)
+            raise
+        seq.table = table
+        seq.num_cached = seq.num_computed = num_hits * self.block_size
+
+    def grow(self, seq: Sequence, tokens: int, spare: int) -> None:
+        assert seq.table is not None
+        self.allocator.grow(seq.table, tokens, spare)
+
+    def confirm(self, seq: Sequence, num_tokens: int) -> None:
+        assert seq.table is not None
+        if num_tokens // self.block_size > seq.table.num_published:
+            self.allocator.publish(seq.table, seq.chain.keys(seq.tokens, num_tokens))
+
+    def distrust(self, seq: Sequence) -> None:
+        assert seq.table is not None
+        self.allocator.condemn(seq.table)
+
+    def free(self, seq: Sequence) -> None:
+        assert seq.table is not None
+        self.allocator.release(seq.table)
+        seq.table = None
+
+    def drop_cache(self) -> None:
+        self.allocator.drop_cache()
+
+    def usage(self) -> tuple[int, int, int]:
+        idle = self.allocator.num_idle()
+        return self.num_blocks - self.allocator.available(), idle, self.allocator.num_evicted
+
+    def check(self) -> None:
+        self.allocator.check()

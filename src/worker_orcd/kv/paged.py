@@ -176,8 +176,6 @@ class PagedAllocator:
         del self._by_key[state.key]
         if state.parent is not None:
             self._blocks[state.parent].children.discard(block)
-        for child in state.children:
-            self._blocks[child].parent = None
         state.key, state.parent, state.children = None, None, set()
 
     def check(self) -> None:
