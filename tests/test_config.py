@@ -179,7 +179,7 @@ def core_of(model: Path, **settings: Any) -> EngineCore:
 
 def test_settings_reach_the_engine(model: Path) -> None:
     core = core_of(model, max_batch=3, max_tokens_per_step=5, scheduling_policy="priority", kv_block_size=8)
-    assert core._limits == SchedulerLimits(3, 5, 64, "priority")
+    assert core._scheduler.limits == SchedulerLimits(3, 5, 64, "priority")
     assert core._step.block_size == 8
     assert core_of(model, kv_layout="contiguous", max_batch=2)._step.block_size == 64
 
