@@ -1,4 +1,4 @@
-"""The matmuls on the device: right within the error of their 16-bit operands, the same bits in any company."""
+"""The matmuls: right within the error of their 16-bit operands, the same bits in any company."""
 
 from __future__ import annotations
 
@@ -8,45 +8,54 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.conftest import NO_GPU
 from tests.kernels.weights import dequantized, random_raw
+from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, tiled
-from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear
+from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, tiled
+from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear
+from worker_orcd.kernels.ops.ops import Ops, image_shape
 from worker_orcd.quant.format import FORMATS
 from worker_orcd.quant.repack import pack
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
-NUM_ROWS = 300
 SOME_T = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 299)
+FEW_T = (1, 8)  # emulated: another variant than the 20 rows of the whole
 
 FEW = ((1, 4, 2, 2), (2, 8, 1, 1), (3, 8, 1, 1), (4, 4, 1, 1))  # groups, warps, depth, ctas
 MANY = ((16, 4, 1, 8), (32, 3, 1, 8), (64, 2, 1, 8), (128, 1, 1, 6), (128, 2, 2, 4), (256, 2, 1, 3))
 
 
-@pytest.fixture(scope="module")
-def linear() -> Linear:
-    return Linear(torch.device("cuda", 0))
+def is_real(gpu: Gpu) -> bool:
+    return gpu.device.type == "cuda"
 
 
-def shapes(kind: GgmlType) -> list[tuple[int, int]]:
+def shapes(kind: GgmlType, gpu: Gpu) -> list[tuple[int, int]]:
     """Full tiles, and N and K that end inside one; one slice, several even ones, several uneven ones."""
-    if kind.block_elems == 256:
-        return [(4096, 1024), (1000, 1792), (7, 256), (70000, 256)]
-    odd = 416 if kind.block_elems == 32 else 413
-    return [(4096, 1024), (1000, odd), (7, 32), (70000, 160)]
+    odd = 1792 if kind.block_elems == 256 else 416 if kind.block_elems == 32 else 413
+    if not is_real(gpu):
+        return [(70, 256 * (odd // 256) or 256)] if kind.block_elems == 256 else [(70, odd)]
+    small = (7, 256) if kind.block_elems == 256 else (7, 32)
+    return [(4096, 1024), (1000, odd), small, (70000, 256 if kind.block_elems == 256 else 160)]
 
 
-def matrix_of(kind: GgmlType, shape: tuple[int, int]) -> tuple[TiledMatrix, Tensor]:
+def matrix_of(kind: GgmlType, shape: tuple[int, int], gpu: Gpu) -> tuple[TiledMatrix, Tensor]:
     """A random matrix, and its values in float64 (of the first 512 rows)."""
-    raw = random_raw(kind, *shape, device="cuda")
+    raw = random_raw(kind, *shape, device=str(gpu.device))
     few = min(shape[0], 512)
     values = dequantized(kind, raw[: few * kind.row_bytes(shape[1])].clone(), few, shape[1])
     return tiled(pack(raw, kind, shape), kind, shape), values
 
 
-def rows_of(k: int) -> Tensor:
-    return torch.randn(NUM_ROWS, k, device="cuda", generator=torch.Generator("cuda").manual_seed(k))
+def rows_of(k: int, gpu: Gpu) -> Tensor:
+    count = 300 if is_real(gpu) else 20
+    return torch.randn(count, k, generator=torch.Generator().manual_seed(k)).to(gpu.device)
+
+
+def product(gpu: Gpu, x: Tensor, matrix: TiledMatrix, bias: Tensor | None = None) -> Tensor:
+    ops = Ops(gpu)
+    return ops.total([(Linear(gpu)(ops.to_image(x), len(x), matrix), bias)])
 
 
 def error(found: Tensor, x: Tensor, values: Tensor) -> float:
@@ -60,95 +69,115 @@ def budget(x: Tensor, values: Tensor) -> float:
 
 
 @EVERY_FORMAT
-def test_close_to_float64_and_the_same_bits_for_every_number_of_rows(kind: GgmlType, linear: Linear) -> None:
-    for shape in shapes(kind):
-        matrix, values = matrix_of(kind, shape)
-        linear.compile_ahead(matrix)
-        x = rows_of(shape[1])
-        bias = torch.randn(shape[0], device="cuda")
-        whole = linear(x, matrix)
+def test_close_to_float64_and_the_same_bits_for_every_number_of_rows(kind: GgmlType, gpu: Gpu) -> None:
+    for shape in shapes(kind, gpu):
+        matrix, values = matrix_of(kind, shape, gpu)
+        Linear(gpu).compile_ahead(matrix)
+        x = rows_of(shape[1], gpu)
+        bias = torch.randn(shape[0]).to(gpu.device)
+        whole = product(gpu, x, matrix)
         print(kind.name, shape, matrix.plan.slices, f"{error(whole, x, values):.2e} of {budget(x, values):.2e}")
         assert error(whole, x, values) < budget(x, values)
-        biased = linear(x, matrix, bias)
+        biased = product(gpu, x, matrix, bias)
         assert torch.equal(biased, whole + bias)
-        assert torch.equal(linear(x, matrix), whole), "the same call twice"
-        for num_rows in SOME_T:
-            chosen = torch.randperm(NUM_ROWS, device="cuda")[:num_rows]
-            assert torch.equal(linear(x[chosen], matrix), whole[chosen]), (shape, num_rows)
-            assert torch.equal(linear(x[chosen], matrix, bias), biased[chosen]), (shape, num_rows)
+        assert torch.equal(product(gpu, x, matrix), whole), "the same call twice"
+        for num_rows in SOME_T if is_real(gpu) else FEW_T:
+            chosen = torch.randperm(len(x))[:num_rows]
+            assert torch.equal(product(gpu, x[chosen], matrix), whole[chosen]), (shape, num_rows)
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("slices", [1, 3, 4])
-def test_every_variant_gives_the_same_bits(kind: GgmlType, slices: int, linear: Linear) -> None:
-    shape = (1544, 1024)
-    matrix, _ = matrix_of(kind, shape)
-    matrix = replace(matrix, plan=plan_linear(*shape, kind, slices))
-    x = rows_of(shape[1])
-    few = [FewTokens(*f, early) for f in FEW for early in (False, True)]
+def variants(gpu: Gpu, slices: int) -> list[Variant]:
+    few = [FewTokens(*f, early) for f in (FEW if is_real(gpu) else FEW[::2]) for early in (False, True)]
     many = [ManyTokens(*m, sequential) for m in MANY for sequential in (False, True)[: 2 if slices > 1 else 1]]
-    variants = [*few, *(many if linear.card.has_wgmma else [])]
-    for variant in variants:
-        linear._compiled(kind, variant)  # all at once
-    expected = None
-    for variant in variants:
-        image = linear.image(x, matrix, variant.groups)
-        is_whole = matrix.plan.is_whole(variant)
-        part = torch.full((1 if is_whole else slices, NUM_ROWS, shape[0]), torch.nan, device="cuda")
+    return [*few, *(many if gpu.card.has_wgmma else [])]
+
+
+def check_variants(kind: GgmlType, shape: tuple[int, int], slices: int, gpu: Gpu) -> None:
+    matrix, _ = matrix_of(kind, shape, gpu)
+    matrix = replace(matrix, plan=plan_linear(*shape, kind, slices))
+    linear, ops, x = Linear(gpu), Ops(gpu), rows_of(shape[1], gpu)
+    for variant in variants(gpu, slices):
+        gpu.compile_ahead(kernel_of(kind, variant)[0])  # all at once
+    expected, image = None, ops.to_image(x)
+    for variant in variants(gpu, slices):
+        count = 1 if matrix.plan.is_whole(variant) else slices
+        part = torch.full((count, len(x), shape[0]), torch.nan, device=gpu.device)
         linear.multiply(image, matrix, variant, part)
-        y = torch.empty(NUM_ROWS, shape[0], device="cuda")
-        linear._sum(part, None, y)
+        y = ops.total([(part, None)])
         expected = y if expected is None else expected
         assert torch.equal(y, expected), variant
 
 
+@pytest.mark.gpu
+@NO_GPU
 @EVERY_FORMAT
-def test_a_row_that_is_not_a_number_stays_alone(kind: GgmlType, linear: Linear) -> None:
-    matrix, _ = matrix_of(kind, shapes(kind)[1])
-    x = rows_of(matrix.shape[1])[:40]
-    expected = linear(x, matrix)
-    x[3], x[20, 0] = torch.nan, torch.inf
-    for num_rows in (7, 30, 40):
-        found = linear(x[:num_rows], matrix)
+@pytest.mark.parametrize("slices", [1, 3, 4])
+def test_every_variant_gives_the_same_bits(kind: GgmlType, slices: int) -> None:
+    check_variants(kind, (1544, 1024), slices, Gpu(torch.device("cuda", 0)))
+
+
+@pytest.mark.parametrize(("kind", "slices"), [(GgmlType.Q4_K, 1), (GgmlType.Q6_K, 3), (GgmlType.Q8_0, 3)])
+def test_variants_of_some_formats_give_the_same_bits(kind: GgmlType, slices: int, gpu: Gpu) -> None:
+    check_variants(kind, (72, 1024), slices, gpu)
+
+
+def test_a_row_that_is_not_a_number_stays_alone(gpu: Gpu) -> None:
+    kind = GgmlType.Q5_0
+    matrix, _ = matrix_of(kind, shapes(kind, gpu)[-1], gpu)
+    x = rows_of(matrix.shape[1], gpu)[:20]
+    expected = product(gpu, x, matrix)
+    x[3], x[11, 0] = torch.nan, torch.inf
+    for num_rows in (7, 16, 20):
+        found = product(gpu, x[:num_rows], matrix)
         assert not found[3].isfinite().any()
-        good = [row for row in range(num_rows) if row not in (3, 20)]
+        good = [row for row in range(num_rows) if row not in (3, 11)]
         assert torch.equal(found[good], expected[good])
 
 
-def test_no_rows(linear: Linear) -> None:
-    matrix, _ = matrix_of(GgmlType.Q8_0, (64, 256))
-    assert linear(torch.empty(0, 256, device="cuda"), matrix).shape == (0, 64)
+def test_no_rows(gpu: Gpu) -> None:
+    matrix, _ = matrix_of(GgmlType.Q8_0, (64, 256), gpu)
+    assert product(gpu, torch.empty(0, 256, device=gpu.device), matrix).shape == (0, 64)
 
 
-def test_this_card_adds_in_one_order(linear: Linear) -> None:
-    check_equal_bits(linear)
+def test_this_card_adds_in_one_order(gpu: Gpu) -> None:
+    check_equal_bits(Linear(gpu), Ops(gpu), gpu.device)
 
 
-def test_in_a_captured_graph(linear: Linear) -> None:
-    matrix, _ = matrix_of(GgmlType.Q4_K, (4096, 1024))
-    x = rows_of(1024)[:5].contiguous()
-    expected = linear(x, matrix)
+def test_a_card_that_adds_in_another_order_is_refused(gpu: Gpu) -> None:
+    class Other(Linear):
+        def __call__(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> Tensor:
+            found = super().__call__(image, num_rows, matrix)
+            return found.flip(0) * (1 + 1e-7) if num_rows > 8 else found
+
+    with pytest.raises(CudaError, match="adds products in another order"):
+        check_equal_bits(Other(gpu), Ops(gpu), gpu.device)
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_in_a_captured_graph() -> None:
+    gpu = Gpu(torch.device("cuda", 0))
+    matrix, _ = matrix_of(GgmlType.Q4_K, (4096, 1024), gpu)
+    x = rows_of(1024, gpu)[:5].contiguous()
+    expected = product(gpu, x, matrix)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = linear(x, matrix)
+        y = product(gpu, x, matrix)
     y.fill_(torch.nan)
     graph.replay()
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (lambda: torch.zeros(2, 255, device="cuda"), r"float32 \[T, 256\]"),
-        (lambda: torch.zeros(256, device="cuda"), r"float32 \[T, 256\]"),
-        (lambda: torch.zeros(2, 256, device="cuda", dtype=torch.float16), "not torch.float16"),
-        (lambda: torch.zeros(256, 2, device="cuda").T, "contiguous"),
-        (lambda: torch.zeros(2, 256), "x lies on cpu"),
-    ],
-)
-def test_bad_rows_are_refused_before_a_launch(x: object, message: str, linear: Linear) -> None:
-    matrix, _ = matrix_of(GgmlType.Q8_0, (64, 256))
-    with pytest.raises(ValueError, match=message):
-        linear(x(), matrix)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"the bias must be float32 \[64\]"):
-        linear(torch.zeros(1, 256, device="cuda"), matrix, torch.zeros(63, device="cuda"))
+def test_a_bad_image_is_refused_before_a_launch(gpu: Gpu) -> None:
+    matrix, _ = matrix_of(GgmlType.Q8_0, (64, 256), gpu)
+    linear = Linear(gpu)
+    for shape, dtype, message in (
+        (image_shape(2, 512), torch.bfloat16, "the image of 2 rows of 256"),
+        (image_shape(9, 256), torch.bfloat16, "the image of 2 rows of 256"),
+        (image_shape(2, 256), torch.float16, "bfloat16 and contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear(torch.zeros(shape, dtype=dtype, device=gpu.device), 2, matrix)
+    if is_real(gpu):
+        with pytest.raises(ValueError, match="lies on cpu"):
+            linear(torch.zeros(image_shape(2, 256), dtype=torch.bfloat16), 2, matrix)

@@ -9,9 +9,11 @@ import pytest
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels import nvrtc
-from worker_orcd.kernels.linear import source
-from worker_orcd.kernels.linear.plan import Card, FewTokens, ManyTokens, plan_linear
-from worker_orcd.kernels.ops import ops
+from worker_orcd.kernels.gpu import Card
+from worker_orcd.kernels.linear.linear import kernel_of
+from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear
+from worker_orcd.kernels.ops.ops import KV_BITS
+from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.format import FORMATS
 
 try:
@@ -37,17 +39,27 @@ def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
     variants = plan.variants(CARDS[arch])
     assert {type(v) for v in variants} == ({FewTokens, ManyTokens} if arch == "sm_90a" else {FewTokens})
     for variant in variants:
-        name, text, headers = source.kernel_text(variant)
-        code = nvrtc.compile_cubin(text, headers, source.options(kind, variant), arch)
+        source, name = kernel_of(kind, variant)
+        code = nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
         assert code.startswith(b"\x7fELF")
         assert name.encode() in code
 
 
+OTHERS = [
+    ("add_norm", defined(WIDTH=4096)),
+    ("add_norm", defined(WIDTH=36)),
+    *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2)) for bits in KV_BITS.values()),
+    ("activate", defined(ACTIVATION=1)),
+    ("to_image", defined(PLAIN=1)),
+    ("total", defined(PLAIN=1)),
+]
+
+
 @EVERY_CARD
-def test_the_other_kernels_compile(arch: str) -> None:
-    assert b"sum_slices" in nvrtc.compile_cubin(source.text("image.cu"), source.headers(), (), arch)
-    for bits in sorted(ops.KV_BITS.values()):
-        assert b"rope_store" in nvrtc.compile_cubin(ops._text("rows.cu"), {}, (f"-DKV_BITS={bits}",), arch)
+@pytest.mark.parametrize(("name", "options"), OTHERS)
+def test_the_other_kernels_compile(name: str, options: tuple[str, ...], arch: str) -> None:
+    source = Source("ops", "rows.cu", options)
+    assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 
 def test_what_does_not_compile_says_why() -> None:

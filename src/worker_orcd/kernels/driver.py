@@ -18,7 +18,8 @@ MAX_SHARED_BY_ASKING = 97  # CUdevice_attribute
 SHARED_WITHOUT_ASKING_BYTES = 48 * 1024
 EARLY_START = 6  # CUlaunchAttributeID: programmatic stream serialization
 
-Argument = Tensor | int | None  # a device pointer, an int32, a null pointer
+Argument = Tensor | int | float | ctypes.Structure | None  # a device pointer, int32, float32, struct, null pointer
+Value = ctypes.c_void_p | ctypes.c_int | ctypes.c_float | ctypes.Structure
 
 
 class _Attribute(ctypes.Structure):
@@ -90,7 +91,7 @@ class Kernel:
     def __call__(self, grid: tuple[int, int, int], threads: int, args: Sequence[Argument], stream: int) -> None:
         """Launch; `stream` is a raw CUstream. The kernel may start before the one ahead of it has ended."""
         self._enter()
-        values = [_value(arg) for arg in args]
+        values = [value_of(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         early = _Attribute(id=EARLY_START)
         early.value[0] = 1
@@ -111,7 +112,12 @@ class Kernel:
             check(_driver().cuCtxSetCurrent(self._context), "setting the context")
 
 
-def _value(arg: Argument) -> ctypes.c_void_p | ctypes.c_int:
+def value_of(arg: Argument) -> Value:
+    """An argument as a kernel takes it."""
     if arg is None:
         return ctypes.c_void_p(0)
-    return ctypes.c_int(arg) if isinstance(arg, int) else ctypes.c_void_p(arg.data_ptr())
+    if isinstance(arg, Tensor):
+        return ctypes.c_void_p(arg.data_ptr())
+    if isinstance(arg, ctypes.Structure):
+        return arg
+    return ctypes.c_int(arg) if isinstance(arg, int) else ctypes.c_float(arg)

@@ -1,4 +1,4 @@
-"""Launching the matmuls: x [T, K] float32 times a matrix [N, K] in tiles → [T, N] float32.
+"""Launching the matmuls: an operand's image [T, K] times a matrix [N, K] in tiles → sums of K slices, float32.
 
 A row's bits depend on that row, the matrix and its plan, not on T: slices of K are fixed per shape and format, qmm
 and qgemm add in the same order, and mma.sync and wgmma give equal bits (`check_equal_bits` holds that on the card).
@@ -6,23 +6,24 @@ and qgemm add in the same order, and mma.sync and wgmma give equal bits (`check_
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.driver import Argument, Kernel, shared_bytes_per_block
-from worker_orcd.kernels.linear import source
-from worker_orcd.kernels.linear.plan import Card, FewTokens, LinearPlan, Variant, plan_linear
-from worker_orcd.kernels.nvrtc import architecture, cubin
-from worker_orcd.quant.tiles import TILE_K, tile_bytes, tile_grid
+from worker_orcd.kernels.driver import Argument
+from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear
+from worker_orcd.kernels.ops.ops import Ops, image_shape
+from worker_orcd.kernels.source import Source, defined
+from worker_orcd.quant.tiles import tile_bytes, tile_grid
 
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 ROWS_WITH_PARTIALS = 128  # rows for which slices write partial sums; more are taken in turns
-MAX_COMPILERS = 8
+REGISTERS = {1: (216, 40), 2: (232, 40), 3: (152, 32), 4: (112, 24)}  # consumers', producer's; by warpgroups
 
 
 @dataclass(frozen=True)
@@ -54,127 +55,111 @@ def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> TiledMatrix:
 
 
 class Linear:
-    """The matmuls on one device, compiled as they are first needed."""
+    """The matmuls on one GPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        properties = torch.cuda.get_device_properties(device)
-        self.device = device
-        self._index = torch.cuda.current_device() if device.index is None else device.index
-        self._arch = architecture((properties.major, properties.minor))
-        self.card = Card(properties.major == 9, shared_bytes_per_block(self._index))
-        self._num_sms: int = properties.multi_processor_count
-        self._kernels: dict[tuple[object, ...], Kernel] = {}
-        self._code: dict[tuple[GgmlType, Variant], Future[bytes]] = {}
-        self._compilers = ThreadPoolExecutor(MAX_COMPILERS, "nvrtc")  # NVRTC lets go of the interpreter
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
 
-    def __call__(self, x: Tensor, matrix: TiledMatrix, bias: Tensor | None = None) -> Tensor:
-        """[T, K] → [T, N], plus `bias` [N]. Raises ValueError before a launch that cannot be right."""
-        self._check(x, matrix, bias)
-        y = torch.empty(x.shape[0], matrix.shape[0], dtype=torch.float32, device=x.device)
-        step = MAX_ROWS if self.card.has_wgmma else ROWS_WITH_PARTIALS
-        for start in range(0, len(x), step):
-            rows = slice(start, start + step)
-            self._rows(x[rows], matrix, bias, y[rows])
-        return y
+    def __call__(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> Tensor:
+        """An operand's image for `num_rows` rows → the sums of the slices, f32 [slices, T, N].
+
+        Raises ValueError before a launch that cannot be right.
+        """
+        self._check(image, num_rows, matrix)
+        step = MAX_ROWS if self._gpu.card.has_wgmma else ROWS_WITH_PARTIALS
+        if num_rows > step:
+            return self._in_turns(image, num_rows, matrix, step)
+        variant = matrix.plan.variant(num_rows, self._gpu.card)
+        count = 1 if matrix.plan.is_whole(variant) else matrix.plan.slices
+        out = torch.empty(count, num_rows, matrix.shape[0], device=self._gpu.device)
+        if num_rows:
+            self.multiply(image, matrix, variant, out)
+        return out
 
     def compile_ahead(self, matrix: TiledMatrix) -> None:
         """Begin to compile what `matrix` will need, on other threads."""
-        for variant in matrix.plan.variants(self.card):
-            self._compiled(matrix.type, variant)
+        for variant in matrix.plan.variants(self._gpu.card):
+            self._gpu.compile_ahead(kernel_of(matrix.type, variant)[0])
 
-    def variant(self, num_tokens: int, matrix: TiledMatrix) -> Variant:
-        return matrix.plan.variant(num_tokens, self.card)
+    def _in_turns(self, image: Tensor, num_rows: int, matrix: TiledMatrix, step: int) -> Tensor:
+        """Pieces of `step` rows, added up one by one: their partial sums would take too much room."""
+        whole = torch.empty(1, num_rows, matrix.shape[0], device=self._gpu.device)
+        for start in range(0, num_rows, step):
+            rows = min(step, num_rows - start)
+            groups = image_shape(rows, 1)[1]
+            piece = image[:, start // 8 : start // 8 + groups].contiguous()
+            part = self(piece, rows, matrix)
+            total = part[0]
+            for other in part[1:]:
+                total = total + other
+            whole[0, start : start + rows] = total
+        return whole
 
-    def _rows(self, x: Tensor, matrix: TiledMatrix, bias: Tensor | None, y: Tensor) -> None:
-        variant = self.variant(len(x), matrix)
-        image = self.image(x, matrix, variant.groups)
-        is_whole = matrix.plan.is_whole(variant)
-        if is_whole and bias is None:
-            self.multiply(image, matrix, variant, y)
-            return
-        count = 1 if is_whole else matrix.plan.slices
-        part = torch.empty(count, *y.shape, dtype=torch.float32, device=y.device)
-        self.multiply(image, matrix, variant, part)
-        self._sum(part, bias, y)
-
-    def image(self, x: Tensor, matrix: TiledMatrix, groups: int) -> Tensor:
-        """x [T, K] in the order of the matmul, bf16, for a multiple of 8 · `groups` tokens."""
-        num_tokens, k = x.shape
-        chunks = tile_grid(matrix.type, matrix.shape)[1] * TILE_K[matrix.type] // 128
-        num_groups = -(-num_tokens // (8 * groups)) * groups
-        image = torch.empty(2 * chunks, num_groups, 8, 64, dtype=torch.bfloat16, device=x.device)
-        grid = (-(-chunks * 16 // 128), 8 * num_groups, 1)
-        self._small("x_image")(grid, 128, [x, image, num_tokens, k, num_groups, chunks], self._stream())
-        return image
-
-    def multiply(self, image: Tensor, matrix: TiledMatrix, variant: Variant, y: Tensor) -> None:
-        """Write the slices' results [slices, T, N], or [T, N] where the variant adds them itself."""
+    def multiply(self, image: Tensor, matrix: TiledMatrix, variant: Variant, out: Tensor) -> None:
+        """Write the slices' results [slices, T, N], or [1, T, N] where the variant adds them itself."""
         n, depth = matrix.shape[0], matrix.tiles.shape[1]
-        num_tokens, num_groups = y.shape[-2], image.shape[1]
-        turns = num_groups // variant.groups
-        kernel = self.kernel(matrix, variant)
-        args: list[Argument] = [matrix.tiles, image, y, n, depth, num_tokens, num_groups]
-        slices = matrix.plan.slices
+        num_rows, num_groups, slices = out.shape[1], image.shape[1], matrix.plan.slices
+        turns = -(-num_rows // (8 * variant.groups))
+        source, name = kernel_of(matrix.type, variant)
+        shared = matrix.plan.shared_bytes(variant)  # qmm's follows the longest slice
+        args: list[Argument] = [matrix.tiles, image, out, n, depth, num_rows, num_groups]
         if isinstance(variant, FewTokens):
-            most = max(1, variant.ctas * self._num_sms // (slices * turns))
+            most = max(1, variant.ctas * self._gpu.num_sms // (slices * turns))
             blocks = min(most, -(-matrix.tiles.shape[0] // variant.warps))
-            kernel((blocks, slices, turns), variant.warps * 32, args, self._stream())
+            self._gpu.launch(source, name, Work((blocks, slices, turns), variant.warps * 32, shared), args)
         else:
             grid = (-(-n // (64 * variant.warpgroups)), 1 if variant.sequential else slices, turns)
-            kernel(grid, variant.warpgroups * 128 + 128, [*args, slices], self._stream())
+            self._gpu.launch(source, name, Work(grid, variant.warpgroups * 128 + 128, shared), [*args, slices])
 
-    def kernel(self, matrix: TiledMatrix, variant: Variant) -> Kernel:
-        """The compiled variant for a matrix; qmm's shared memory follows the longest slice."""
-        shared = matrix.plan.shared_bytes(variant)
-        key = (matrix.type, variant, shared)
-        if key not in self._kernels:
-            name = source.kernel_text(variant)[0]
-            code = self._compiled(matrix.type, variant).result()
-            self._kernels[key] = Kernel(code, name, shared, self._index)
-        return self._kernels[key]
-
-    def _compiled(self, type: GgmlType, variant: Variant) -> Future[bytes]:
-        if (type, variant) not in self._code:
-            _, text, headers = source.kernel_text(variant)
-            options = source.options(type, variant)
-            self._code[type, variant] = self._compilers.submit(cubin, text, headers, options, self._arch)
-        return self._code[type, variant]
-
-    def _sum(self, part: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        slices, num_tokens, n = part.shape
-        grid = (-(-n // 256), num_tokens, 1)
-        self._small("sum_slices")(grid, 256, [part, bias, y, num_tokens, n, slices], self._stream())
-
-    def _small(self, name: str) -> Kernel:
-        if (name,) not in self._kernels:
-            code = cubin(source.text("image.cu"), source.headers(), (), self._arch)
-            self._kernels[(name,)] = Kernel(code, name, 0, self._index)
-        return self._kernels[(name,)]
-
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self._index).cuda_stream
-
-    def _check(self, x: Tensor, matrix: TiledMatrix, bias: Tensor | None) -> None:
-        n, k = matrix.shape
-        if x.ndim != 2 or x.shape[1] != k or x.dtype != torch.float32 or not x.is_contiguous():
-            raise ValueError(f"x must be float32 [T, {k}] and contiguous, not {x.dtype} {tuple(x.shape)}")
-        if bias is not None and (bias.shape != (n,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
-            raise ValueError(f"the bias must be float32 [{n}], not {bias.dtype} {tuple(bias.shape)}")
-        for name, tensor in (("x", x), ("the matrix", matrix.tiles), ("the bias", bias)):
-            if tensor is not None and (tensor.device.type, tensor.device.index) != ("cuda", self._index):
-                raise ValueError(f"{name} lies on {tensor.device}, not on cuda:{self._index}")
+    def _check(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> None:
+        shape = image_shape(num_rows, matrix.shape[1])
+        if tuple(image.shape) != shape:
+            raise ValueError(f"the image of {num_rows} rows of {matrix.shape[1]} must be {shape}, not {image.shape}")
+        self._gpu.require(image, dtype=torch.bfloat16)
+        self._gpu.require(matrix.tiles, dtype=torch.uint8)
 
 
-def check_equal_bits(linear: Linear) -> None:
+@lru_cache(maxsize=1024)
+def kernel_of(type: GgmlType, variant: Variant) -> tuple[Source, str]:
+    """The source of a variant for a format, and the name of its function."""
+    if isinstance(variant, ManyTokens):
+        consumer, producer = REGISTERS[variant.warpgroups]
+        options = defined(
+            FORMAT=type.name,
+            TOKENS=variant.tokens,
+            WARPGROUPS=variant.warpgroups,
+            DEPTH=variant.depth,
+            STAGES=variant.stages,
+            SEQUENTIAL=int(variant.sequential),
+            CONSUMER_REGISTERS=consumer,
+            PRODUCER_REGISTERS=producer,
+        )
+        return Source("linear", "qgemm.cu", options, variant.tokens), "qgemm"
+    options = defined(
+        FORMAT=type.name,
+        GROUPS=variant.groups,
+        WARPS=variant.warps,
+        DEPTH=variant.depth,
+        CTAS=variant.ctas,
+        EARLY=int(variant.early),
+    )
+    return Source("linear", "qmm.cu", options), "qmm"
+
+
+def check_equal_bits(linear: Linear, ops: Ops, device: torch.device) -> None:
     """Raises CudaError unless few and many tokens give a row the same bits on this card: random codes, K = 4096."""
-    generator = torch.Generator(linear.device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     kind, shape = GgmlType.BF16, (128, 4096)
-    x = torch.randn(33, shape[1], device=linear.device, generator=generator)
-    numbers = torch.randn(*tile_grid(kind, shape), tile_bytes(kind) // 2, device=linear.device, generator=generator)
+    x = torch.randn(33, shape[1], device=device, generator=generator)
+    numbers = torch.randn(*tile_grid(kind, shape), tile_bytes(kind) // 2, device=device, generator=generator)
     matrix = tiled(numbers.bfloat16().view(torch.uint8), kind, shape)
-    many = linear(x, matrix)
+
+    def product(rows: Tensor) -> Tensor:
+        return ops.total([(linear(ops.to_image(rows), len(rows), matrix), None)])
+
+    many = product(x)
     for start in (0, 8, 25):
-        if not torch.equal(linear(x[start : start + 8], matrix), many[start : start + 8]):
+        if not torch.equal(product(x[start : start + 8]), many[start : start + 8]):
             raise CudaError(
                 "this GPU adds products in another order for few tokens than for many, so results would depend on "
                 "the batch; it cannot be used"

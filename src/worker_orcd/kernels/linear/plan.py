@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from worker_orcd.gguf.types import GgmlType
+from worker_orcd.kernels.gpu import Card
 from worker_orcd.quant.tiles import TILE_K, tile_bytes, tile_grid
 
 MULTIPROCESSORS = 132  # the slices are chosen for; a constant, so that they do not depend on the card
@@ -51,14 +52,6 @@ class ManyTokens:
 
 
 Variant = FewTokens | ManyTokens
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a variant may use."""
-
-    has_wgmma: bool
-    shared_bytes: int  # of one block
 
 
 @dataclass(frozen=True)

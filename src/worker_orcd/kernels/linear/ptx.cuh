@@ -27,6 +27,11 @@ DEVICE u32 bf16x2(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
+DEVICE u16 fp16(float a) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(h) : "f"(a));
+  return h;
+}
 DEVICE u32 twice_bf16(float a) { return bf16x2(a, a); }
 DEVICE float low_half(u32 h) {  // fp16 in the lower 16 bits
   float f;

@@ -1,102 +1,167 @@
-"""Launching norm, rotation and activation; shapes as in `backends.base`, bits of a row its own."""
+"""Launching what stands between the matmuls: residual and norm, rotation, activation; rows.cu says what they compute.
+
+Sums come as (slices f32 [S, T, N], bias f32 [N] or None) side by side. An image is an operand in the order matmuls
+read it: bf16 [pieces of 64 inputs, groups, 8 tokens, 64], for the fewest groups of 8 tokens that every variant takes.
+"""
 
 from __future__ import annotations
 
-import struct
-from functools import lru_cache
-from importlib.resources import files
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from worker_orcd.kernels.driver import Argument, Kernel
-from worker_orcd.kernels.nvrtc import architecture, cubin
+from worker_orcd.kernels.driver import Argument
+from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.source import Source, defined
 
-BLOCK = 256  # threads, of rows.cu
 MAX_GRID_Y = 65_535
+MAX_PARTS = 3
+MAX_HEAD_DIM = 512
+NORM_THREADS, ROW_THREADS, HEADS_PER_BLOCK = 512, 64, 4  # of rows.cu
+WIDEST_NORM = 2**16
 KV_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 17}
+
+Part = tuple[Tensor, Tensor | None]  # slices, bias
+Norm = tuple[Tensor, Tensor | None, float]  # weight, bias, eps
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        ("slices", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("width", ctypes.c_int),
+        ("count", ctypes.c_int),
+    )
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = (("part", _Part * MAX_PARTS),)
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+
+def image_shape(num_rows: int, width: int) -> tuple[int, int, int, int]:
+    """Inputs are padded with zeros to whole tiles; groups are what the widest variant for so many rows takes."""
+    groups = next((g for g in (1, 2, 4, 8, 16) if num_rows <= 8 * g), -(-num_rows // 256) * 32)
+    return -(-width // 256) * 4, groups, 8, 64
 
 
 class Ops:
-    """The kernels of ops/ on one device, compiled as they are first needed."""
+    """The kernels of rows.cu on one GPU. Everything is checked before a launch; ValueError says what is wrong."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._index = torch.cuda.current_device() if device.index is None else device.index
-        self._arch = architecture(torch.cuda.get_device_capability(device))
-        self._kernels: dict[tuple[str, ...], Kernel] = {}
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        k = x.shape[-1]
-        self._check(x, weight)
-        if weight.shape != (k,):
-            raise ValueError(f"the norm's weight has shape {tuple(weight.shape)}, rows have {k} elements")
-        y = torch.empty_like(x)
-        if x.numel():
-            self._launch("rms_norm", (x.numel() // k, 1, 1), [x, weight, y, k, _bits(eps)])
-        return y
-
-    def silu_times(self, gate: Tensor, up: Tensor) -> Tensor:
-        """gate, up [T, F], rows the same distance apart → [T, F] contiguous."""
-        num_rows, width = gate.shape
-        if gate.stride() != up.stride() or gate.stride(1) != 1:
-            gate, up = gate.contiguous(), up.contiguous()
-        if gate.shape != up.shape:
-            raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
-        y = torch.empty(num_rows, width, dtype=torch.float32, device=gate.device)
-        for start in range(0, num_rows, MAX_GRID_Y):
-            rows = slice(start, start + MAX_GRID_Y)
-            part = y[rows]
-            grid = (-(-width // BLOCK), len(part), 1)
-            self._launch("silu_times", grid, [gate[rows], up[rows], part, width, gate.stride(0)])
-        return y
+    def add_norm(self, x: Tensor, y: Part | None, norm: Norm | None, after: Norm | None = None, factor: float = 1.0
+                 ) -> Tensor | None:  # fmt: skip
+        """x [T, K] += after(y) · factor, in place; → the image of norm(x), if asked for."""
+        num_rows, width = x.shape
+        self._gpu.require(x)
+        if not 0 < width <= WIDEST_NORM or width % 4:
+            raise ValueError(f"rows of {width} numbers: a multiple of 4 up to {WIDEST_NORM} is needed")
+        image = None if norm is None else self._image(num_rows, width)
+        groups = 0 if image is None else image.shape[1]
+        args: list[Argument] = [x, self._part(y, num_rows, width), self._norm(after, width), float(factor)]
+        args += [self._norm(norm, width), image, num_rows, groups]
+        source = Source("ops", "rows.cu", defined(WIDTH=width))
+        self._gpu.launch(source, "add_norm", Work((num_rows, 1, 1), NORM_THREADS), args)
+        return image
 
     def rope_store(
-        self, qkv: tuple[Tensor, Tensor, Tensor], cache: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor],
-        table: tuple[Tensor, Tensor], interleaved: bool,
+        self, qkv: Sequence[Part], heads: tuple[int, int, int], norms: tuple[Norm | None, Norm | None],
+        cache: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor], interleaved: bool,
     ) -> Tensor:  # fmt: skip
-        """`at`: positions and slots i64 [T]; `table`: cos and sin f32 [context, half]; → rotated q."""
-        q, k, v = (part.contiguous() for part in qkv)
-        num_rows, num_heads, dim = q.shape
-        self._check(q, k, v, *table)
-        if k.shape != v.shape or k.shape[2] != dim or cache[0].shape[2:] != k.shape[1:]:
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, cache {tuple(cache[0].shape)} do not match")
-        out = torch.empty_like(q)
-        if num_rows:
-            args: list[Argument] = [q, k, v, out, *cache, *table, *at]
-            args += [num_heads, k.shape[1], dim, table[0].shape[1], int(interleaved)]
-            grid = (num_rows, num_heads + 2 * k.shape[1], 1)
-            self._launch("rope_store", grid, args, (_kv_option(cache[0]),))
-        return out
+        """heads: Hq, Hk, D; at: positions, slots i64 [T]; table: cos, sin f32 [context, half] → q [T, Hq, D]."""
+        num_heads, num_kv_heads, dim = heads
+        num_rows, half = len(at[0]), table[0].shape[1]
+        self._gpu.require(*table)
+        self._gpu.require(*at, dtype=torch.int64)
+        if dim % 2 or not 0 < dim <= MAX_HEAD_DIM or 2 * half > dim or table[0].shape != table[1].shape:
+            raise ValueError(f"heads of {dim} numbers, of which {2 * half} rotate, cannot be taken")
+        for side in cache:
+            if side.shape[2:] != (num_kv_heads, dim) or side.dtype not in KV_BITS or side.dtype != cache[0].dtype:
+                raise ValueError(f"a cache {side.dtype} {tuple(side.shape)} for {num_kv_heads} heads of {dim}")
+            self._gpu.require(side, dtype=side.dtype)
+        q = torch.empty(num_rows, num_heads, dim, device=self._gpu.device)
+        args: list[Argument] = [self._sums(qkv, num_rows, (num_heads + 2 * num_kv_heads) * dim)]
+        args += [*(self._norm(norm, dim) for norm in norms), q, *cache, *table, *at]
+        args += [num_rows, num_heads, num_kv_heads, half]
+        options = defined(DIM=dim, KV_BITS=KV_BITS[cache[0].dtype], INTERLEAVED=int(interleaved))
+        blocks = -(-(num_heads + 2 * num_kv_heads) // HEADS_PER_BLOCK)
+        self._rows(Source("ops", "rows.cu", options), "rope_store", blocks, num_rows, HEADS_PER_BLOCK * 32, args)
+        return q
 
-    def _launch(
-        self, name: str, grid: tuple[int, int, int], args: list[Argument], options: tuple[str, ...] = ()
+    def activate(self, gate_up: Sequence[Part], width: int) -> Tensor:
+        """The image of silu(gate) · up; gate is the first `width` columns of the sums, up the second."""
+        num_rows = gate_up[0][0].shape[1]
+        if width % 4 or (len(gate_up) == 2 and gate_up[0][0].shape[2] != width):
+            raise ValueError(f"gate and up of {width} numbers in parts of {[p[0].shape[2] for p in gate_up]}")
+        image = self._image(num_rows, width)
+        args: list[Argument] = [self._sums(gate_up, num_rows, 2 * width), image, width, num_rows, image.shape[1]]
+        self._rows(Source("ops", "rows.cu", defined(ACTIVATION=1)), "activate", -(-width // 256), num_rows,
+                   ROW_THREADS, args)  # fmt: skip
+        return image
+
+    def to_image(self, x: Tensor) -> Tensor:
+        """x [T, K] as an image."""
+        num_rows, width = x.shape
+        self._gpu.require(x)
+        image = self._image(num_rows, width)
+        self._rows(PLAIN, "to_image", -(-width // 256), num_rows, ROW_THREADS, [x, image, width, image.shape[1]])
+        return image
+
+    def total(self, sums: Sequence[Part]) -> Tensor:
+        """The sums added up: f32 [T, N]."""
+        num_rows, width = sums[0][0].shape[1], sum(part.shape[2] for part, _ in sums)
+        y = torch.empty(num_rows, width, device=self._gpu.device)
+        self._rows(
+            PLAIN, "total", -(-width // 256), num_rows, 256, [self._sums(sums, num_rows, width), y, num_rows, width]
+        )
+        return y
+
+    def _rows(
+        self, source: Source, name: str, blocks: int, num_rows: int, threads: int, args: list[Argument]
     ) -> None:
-        kernel = self._kernels.get((name, *options))
-        if kernel is None:
-            code = cubin(_text("rows.cu"), {}, options, self._arch)
-            kernel = self._kernels[name, *options] = Kernel(code, name, 0, self._index)
-        kernel(grid, BLOCK, args, torch.cuda.current_stream(self._index).cuda_stream)
+        if num_rows > MAX_GRID_Y:
+            raise ValueError(f"{num_rows} rows in a step; at most {MAX_GRID_Y} are possible")
+        self._gpu.launch(source, name, Work((blocks, num_rows, 1), threads), args)
 
-    def _check(self, *tensors: Tensor) -> None:
-        for tensor in tensors:
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ValueError(f"float32 and contiguous is needed, not {tensor.dtype} {tensor.stride()}")
-            if (tensor.device.type, tensor.device.index) != ("cuda", self._index):
-                raise ValueError(f"a tensor lies on {tensor.device}, not on cuda:{self._index}")
+    def _image(self, num_rows: int, width: int) -> Tensor:
+        return torch.empty(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
+
+    def _sums(self, parts: Sequence[Part], num_rows: int, width: int) -> _Sums:
+        if not 0 < len(parts) <= MAX_PARTS or sum(slices.shape[2] for slices, _ in parts) != width:
+            raise ValueError(f"{width} columns are needed, not parts of {[part[0].shape[2] for part in parts]}")
+        found = _Sums()
+        for i, part in enumerate(parts):
+            found.part[i] = self._part(part, num_rows, part[0].shape[2])
+        return found
+
+    def _part(self, part: Part | None, num_rows: int, width: int) -> _Part:
+        if part is None:
+            return _Part()
+        slices, bias = part
+        self._gpu.require(slices)
+        if slices.shape[1:] != (num_rows, width):
+            raise ValueError(f"sums {tuple(slices.shape)} are not [S, {num_rows}, {width}]")
+        if bias is not None:
+            self._gpu.require(bias)
+            if bias.shape != (width,):
+                raise ValueError(f"the bias must be float32 [{width}], not {tuple(bias.shape)}")
+        return _Part(slices.data_ptr(), None if bias is None else bias.data_ptr(), width, len(slices))
+
+    def _norm(self, norm: Norm | None, width: int) -> _Norm:
+        if norm is None:
+            return _Norm()
+        weight, bias, eps = norm
+        for vector in (weight, bias):
+            if vector is not None and (vector.shape != (width,) or vector.device != self._gpu.device):
+                raise ValueError(f"a norm of rows of {width} numbers has a weight {tuple(vector.shape)}")
+        return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps)
 
 
-@lru_cache(maxsize=4)
-def _text(name: str) -> str:
-    return (files("worker_orcd.kernels.ops") / name).read_text()
-
-
-def _kv_option(cache: Tensor) -> str:
-    if cache.dtype not in KV_BITS or not cache.is_contiguous():
-        raise ValueError(f"a cache must be contiguous and float32, float16 or bfloat16, not {cache.dtype}")
-    return f"-DKV_BITS={KV_BITS[cache.dtype]}"
-
-
-def _bits(value: float) -> int:
-    """A float32 as the int32 of the same bits: arguments of kernels are pointers and ints."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+PLAIN = Source("ops", "rows.cu", defined(PLAIN=1))

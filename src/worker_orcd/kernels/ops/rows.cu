@@ -1,90 +1,202 @@
-// Norm, rotation and activation: float32, one row at a time in one shape of reduction, so a row's bits are its own.
-#define BLOCK 256
+// What stands between the matmuls: each kernel adds up the sums it is given, in float32 and one order for every number
+// of rows, and leaves what the next one reads.
+#include "flow.cuh"
 
-#if __CUDA_ARCH__ >= 900
-#define OVERLAP asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory")
-#else
-#define OVERLAP
-#endif
+#ifdef WIDTH  // ---- residual and norm, for rows of WIDTH numbers, a multiple of 4
+#define BLOCK 512
+constexpr int QUADS = (WIDTH + 4 * BLOCK - 1) / (4 * BLOCK);  // of a thread
 
-// ---- the cache keeps float32, or 16-bit numbers (-DKV_BITS=16: bf16, 17: fp16)
-#ifndef KV_BITS
-#define KV_BITS 32
-#endif
-#if KV_BITS == 32
-typedef float Stored;
-__device__ __forceinline__ float stored(float v) { return v; }
-#elif KV_BITS == 17
-typedef unsigned short Stored;
-__device__ __forceinline__ Stored stored(float v) {
-  Stored h;
-  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(h) : "f"(v));
-  return h;
-}
-#else
-typedef unsigned short Stored;
-__device__ __forceinline__ Stored stored(float v) {
-  Stored h;
-  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(h) : "f"(v));
-  return h;
-}
-#endif
-
-// y = x / sqrt(mean(x^2) + eps) weight, over rows of K. grid (rows)
-extern "C" __global__ void __launch_bounds__(BLOCK)
-rms_norm(const float* __restrict__ x, const float* __restrict__ weight, float* __restrict__ y, int K, int eps_bits) {
+DEVICE float block_sum(float v) {
   __shared__ float parts[BLOCK / 32];
-  OVERLAP;
-  const float* row = x + (unsigned long long)blockIdx.x * K;
-  float* out = y + (unsigned long long)blockIdx.x * K;
-  float sum = 0.f;
-  for (int k = threadIdx.x; k < K; k += BLOCK) sum = fmaf(row[k], row[k], sum);
 #pragma unroll
-  for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = sum;
+  for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(~0u, v, step);
+  __syncthreads();  // the call before has been read
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
   __syncthreads();
-  sum = 0.f;
+  v = 0.f;
 #pragma unroll
-  for (int i = 0; i < BLOCK / 32; i++) sum += parts[i];
-  const float scale = 1.f / sqrtf(sum / K + __int_as_float(eps_bits));
-  for (int k = threadIdx.x; k < K; k += BLOCK) out[k] = row[k] * scale * weight[k];
+  for (int i = 0; i < BLOCK / 32; i++) v += parts[i];
+  return v;
 }
 
-// y = gate / (1 + exp(-gate)) up; rows of F, `stride` apart in gate and up. grid (ceil(F / BLOCK), rows)
-extern "C" __global__ void __launch_bounds__(BLOCK)
-silu_times(const float* __restrict__ gate, const float* __restrict__ up, float* __restrict__ y, int F, int stride) {
-  OVERLAP;
-  const int f = blockIdx.x * BLOCK + threadIdx.x;
-  if (f >= F) return;
-  const unsigned long long at = (unsigned long long)blockIdx.y * stride + f;
-  const float g = gate[at];
-  y[(unsigned long long)blockIdx.y * F + f] = g / (1.f + expf(-g)) * up[at];
-}
-
-// Rotate q [T][Hq][D] and k [T][Hk][D] by the angles of each row's position, keep q, store k and v in the cache.
-// Pairs (i, i + half) or, with `interleaved`, (2i, 2i + 1); dimensions from 2 half on pass. grid (T, Hq + 2 Hk)
-extern "C" __global__ void __launch_bounds__(BLOCK)
-rope_store(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
-           float* __restrict__ q_out, Stored* __restrict__ k_cache, Stored* __restrict__ v_cache,
-           const float* __restrict__ cos, const float* __restrict__ sin, const long long* __restrict__ positions,
-           const long long* __restrict__ slots, int Hq, int Hk, int D, int half, int interleaved) {
-  OVERLAP;
-  const long long t = blockIdx.x;
-  int head = blockIdx.y;
-  const bool is_q = head < Hq, is_k = !is_q && head < Hq + Hk;
-  head -= is_q ? 0 : is_k ? Hq : Hq + Hk;
-  const float* from = (is_q ? q : is_k ? k : v) + (t * (is_q ? Hq : Hk) + head) * D;
-  for (int d = threadIdx.x; d < D; d += BLOCK) {
-    float value = from[d];
-    if ((is_q || is_k) && d < 2 * half) {
-      const bool second = interleaved ? d & 1 : d >= half;
-      const int i = interleaved ? d >> 1 : second ? d - half : d;
-      const float other = from[interleaved ? d ^ 1 : second ? d - half : d + half];
-      const float c = cos[positions[t] * half + i], s = sin[positions[t] * half + i];
-      value = second ? __fadd_rn(__fmul_rn(other, s), __fmul_rn(value, c))
-                     : __fsub_rn(__fmul_rn(value, c), __fmul_rn(other, s));
-    }
-    if (is_q) q_out[(t * Hq + head) * D + d] = value;
-    else (is_k ? k_cache : v_cache)[(slots[t] * Hk + head) * D + d] = stored(value);
+DEVICE void normalize(float4* v, const Norm& norm) {
+  float mean = 0.f, sum = 0.f;
+  if (norm.bias) {
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) mean += (v[i].x + v[i].y) + (v[i].z + v[i].w);  // beyond WIDTH all are 0
+    mean = block_sum(mean) / WIDTH;
+  }
+#pragma unroll
+  for (int i = 0; i < QUADS; i++) {
+    if ((i * BLOCK + threadIdx.x) * 4 >= WIDTH) continue;
+    v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
+    sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, fmaf(v[i].z, v[i].z, fmaf(v[i].w, v[i].w, sum))));
+  }
+  const float scale = 1.f / sqrtf(block_sum(sum) / WIDTH + norm.eps);
+#pragma unroll
+  for (int i = 0; i < QUADS; i++) {
+    const int k = (i * BLOCK + threadIdx.x) * 4;
+    if (k >= WIDTH) continue;
+    const float4 w = *(const float4*)(norm.weight + k);
+    float4 b = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (norm.bias) b = *(const float4*)(norm.bias + k);
+    v[i] = make_float4(fmaf(v[i].x * scale, w.x, b.x), fmaf(v[i].y * scale, w.y, b.y),
+                       fmaf(v[i].z * scale, w.z, b.z), fmaf(v[i].w * scale, w.w, b.w));
   }
 }
+
+// x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows)
+extern "C" __global__ void __launch_bounds__(BLOCK)
+add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
+         const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int t = blockIdx.x;
+  float4 v[QUADS];
+#pragma unroll
+  for (int i = 0; i < QUADS; i++) {
+    const int k = (i * BLOCK + threadIdx.x) * 4;
+    v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (k < WIDTH && y.count) v[i] = sum4_at(y, T, t, k);
+  }
+  if (after.weight) normalize(v, after);
+#pragma unroll
+  for (int i = 0; i < QUADS; i++) {
+    const int k = (i * BLOCK + threadIdx.x) * 4;
+    if (k >= WIDTH) continue;
+    float4* at = (float4*)(x + (u64)t * WIDTH + k);
+    const float4 a = *at;
+    v[i] = make_float4(fmaf(v[i].x, factor, a.x), fmaf(v[i].y, factor, a.y), fmaf(v[i].z, factor, a.z),
+                       fmaf(v[i].w, factor, a.w));
+    if (y.count) *at = v[i];
+  }
+  if (!image) return;
+  normalize(v, norm);
+#pragma unroll
+  for (int i = 0; i < QUADS; i++) {
+    const int k = (i * BLOCK + threadIdx.x) * 4;
+    if (k < (WIDTH + 255) / 256 * 256) store4(image, T8, t, k, k < WIDTH ? v[i] : make_float4(0.f, 0.f, 0.f, 0.f));
+  }
+}
+#endif
+
+#ifdef DIM  // ---- rotation, for heads of DIM numbers, an even number up to 512
+#if KV_BITS == 32  // the cache keeps float32, or 16-bit numbers (16: bf16, 17: fp16)
+typedef float Stored;
+DEVICE Stored stored(float v) { return v; }
+#elif KV_BITS == 17
+typedef u16 Stored;
+DEVICE Stored stored(float v) { return fp16(v); }
+#else
+typedef u16 Stored;
+DEVICE Stored stored(float v) { return (u16)bf16x2(v, 0.f); }
+#endif
+#define HEADS 4  // of a block; one a warp
+constexpr int PAIRS = (DIM / 2 + 31) / 32;  // of a lane
+
+// Cut qkv into Hq heads of q, Hk of k and Hk of v; normalize q and k where a weight is given; rotate both by the angles
+// of the row's position; keep q, store k and v in the cache. Pairs (i, i + half) or, with INTERLEAVED, (2i, 2i + 1);
+// dimensions from 2 half on pass. grid (ceil((Hq + 2 Hk) / HEADS), T)
+extern "C" __global__ void __launch_bounds__(HEADS * 32)
+rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm, const __grid_constant__ Norm k_norm,
+           float* __restrict__ q, Stored* __restrict__ k_cache, Stored* __restrict__ v_cache,
+           const float* __restrict__ cos, const float* __restrict__ sin, const long long* __restrict__ positions,
+           const long long* __restrict__ slots, int T, int Hq, int Hk, int half) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int lane = threadIdx.x & 31, head = blockIdx.x * HEADS + (threadIdx.x >> 5), t = blockIdx.y;
+  if (head >= Hq + 2 * Hk) return;
+  const bool is_q = head < Hq, is_v = head >= Hq + Hk;
+  float a[PAIRS], b[PAIRS];
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) {
+    const int pair = i * 32 + lane;
+    a[i] = b[i] = 0.f;
+    if (pair >= DIM / 2) continue;
+    const bool apart = !INTERLEAVED && pair < half;
+    a[i] = sum_at(qkv, T, t, head * DIM + (apart ? pair : 2 * pair));
+    b[i] = sum_at(qkv, T, t, head * DIM + (apart ? pair + half : 2 * pair + 1));
+  }
+  const Norm& norm = is_q ? q_norm : k_norm;
+  if (!is_v && norm.weight) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) sum = fmaf(a[i], a[i], fmaf(b[i], b[i], sum));
+#pragma unroll
+    for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+    const float scale = 1.f / sqrtf(sum / DIM + norm.eps);
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+      const int pair = i * 32 + lane;
+      if (pair >= DIM / 2) continue;
+      const bool apart = !INTERLEAVED && pair < half;
+      a[i] = a[i] * scale * norm.weight[apart ? pair : 2 * pair];
+      b[i] = b[i] * scale * norm.weight[apart ? pair + half : 2 * pair + 1];
+    }
+  }
+  const long long slot = slots[t], position = positions[t];
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) {
+    const int pair = i * 32 + lane;
+    if (pair >= DIM / 2) continue;
+    const bool apart = !INTERLEAVED && pair < half;
+    const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
+    float x = a[i], y = b[i];
+    if (!is_v && pair < half) {
+      const float c = cos[position * half + pair], s = sin[position * half + pair];
+      x = __fsub_rn(__fmul_rn(a[i], c), __fmul_rn(b[i], s));
+      y = __fadd_rn(__fmul_rn(a[i], s), __fmul_rn(b[i], c));
+    }
+    if (is_q) {
+      float* to = q + ((u64)t * Hq + head) * DIM;
+      to[first] = x, to[second] = y;
+    } else {
+      Stored* to = (is_v ? v_cache : k_cache) + (slot * Hk + (head - Hq) % Hk) * DIM;
+      to[first] = stored(x), to[second] = stored(y);
+    }
+  }
+}
+#endif
+
+#ifdef ACTIVATION  // ---- activation: image = act(gate) up for columns f and F + f. grid (ceil(F / 256), T), 64 threads
+DEVICE float act(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+
+extern "C" __global__ void __launch_bounds__(64)
+activate(const __grid_constant__ Sums sums, u32* __restrict__ image, int F, int T, int T8) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int f = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (f < F) {
+    const Part& whole = sums.part[0];
+    const bool is_joined = whole.width > F;
+    const float4 gate = sum4_at(whole, T, t, f);
+    const float4 up = is_joined ? sum4_at(whole, T, t, F + f) : sum4_at(sums.part[1], T, t, f);
+    v = make_float4(act(gate.x, up.x), act(gate.y, up.y), act(gate.z, up.z), act(gate.w, up.w));
+  }
+  store4(image, T8, t, f, v);
+}
+#endif
+
+#ifdef PLAIN  // ---- from and to rows
+// x [T][K] -> image. grid (ceil(K / 256), T), 64 threads
+extern "C" __global__ void __launch_bounds__(64)
+to_image(const float* __restrict__ x, u32* __restrict__ image, int K, int T8) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int k = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = k + i < K ? x[(u64)t * K + k + i] : 0.f;
+  store4(image, T8, t, k, make_float4(v[0], v[1], v[2], v[3]));
+}
+
+// y [T][N] = the sums added up. grid (ceil(N / 256), T), 256 threads
+extern "C" __global__ void __launch_bounds__(256)
+total(const __grid_constant__ Sums sums, float* __restrict__ y, int T, int N) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int n = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
+  if (n < N) y[(u64)t * N + n] = sum_at(sums, T, t, n);
+}
+#endif

@@ -1,0 +1,75 @@
+"""One GPU as the launchers see it: what it can do, and its kernels, compiled as they are first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker_orcd.kernels.driver import Argument, Kernel, shared_bytes_per_block
+from worker_orcd.kernels.nvrtc import architecture, cubin
+from worker_orcd.kernels.source import Source
+
+MAX_COMPILERS = 8
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a variant may use."""
+
+    has_wgmma: bool
+    shared_bytes: int  # of one block
+
+
+@dataclass(frozen=True)
+class Work:
+    """The shape of a launch."""
+
+    grid: tuple[int, int, int]  # blocks
+    threads: int  # of a block
+    shared_bytes: int = 0  # of a block
+
+
+class Gpu:
+    """Launches go to torch's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        properties = torch.cuda.get_device_properties(self.device)
+        self.card = Card(properties.major == 9, shared_bytes_per_block(index))
+        self.num_sms: int = properties.multi_processor_count
+        self._arch = architecture((properties.major, properties.minor))
+        self._code: dict[Source, Future[bytes]] = {}
+        self._kernels: dict[tuple[Source, str, int], Kernel] = {}
+        self._compilers = ThreadPoolExecutor(MAX_COMPILERS, "nvrtc")  # NVRTC lets go of the interpreter
+
+    def compile_ahead(self, source: Source) -> Future[bytes]:
+        """Begin to compile on another thread, unless that was begun before."""
+        if source not in self._code:
+            self._code[source] = self._compilers.submit(
+                cubin, source.text, source.headers, source.options, self._arch
+            )
+        return self._code[source]
+
+    def launch(self, source: Source, name: str, work: Work, args: Sequence[Argument]) -> None:
+        """Run function `name` of `source`; nothing is launched for an empty grid."""
+        if 0 in work.grid:
+            return
+        key = source, name, work.shared_bytes
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            code = self.compile_ahead(source).result()
+            kernel = self._kernels[key] = Kernel(code, name, work.shared_bytes, self.device.index)
+        kernel(work.grid, work.threads, args, torch.cuda.current_stream(self.device).cuda_stream)
+
+    def require(self, *tensors: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Raises ValueError unless all are contiguous, of `dtype` and on this GPU: a kernel trusts its pointers."""
+        for tensor in tensors:
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(f"{dtype} and contiguous is needed, not {tensor.dtype} {tensor.stride()}")
+            if tensor.device != self.device:
+                raise ValueError(f"a tensor lies on {tensor.device}, not on {self.device}")

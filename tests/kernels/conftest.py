@@ -1,0 +1,22 @@
+"""The GPU that a test runs on: one emulated on the processor, always; the real one where there is one."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from tests.kernels.emulator.gpu import EmulatedGpu
+from worker_orcd.kernels.gpu import Gpu
+
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU needs g++")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param("emulated", marks=NO_COMPILER), pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])],
+)
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    return EmulatedGpu() if request.param == "emulated" else Gpu(torch.device("cuda", 0))

@@ -1,0 +1,241 @@
+// CUDA C++ on an ordinary x86-64 processor, as far as our kernels use it: a block's threads are coroutines that
+// change places at barriers and warp-wide operations. Blocks run one after the other. Slow, exact, free of races by
+// design; running threads in another order (`order`) shows a missing barrier. Stands in for ptx.cuh and async.cuh.
+#pragma once
+#include <math.h>  // C headers only: the C++ ones take longer to compile than our kernels
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+#define __CUDA_ARCH__ 800
+#define HOPPER 0
+#define DEVICE inline
+#define __global__
+#define __device__
+#define __restrict__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+namespace emu {
+struct Index { int x, y, z; };
+struct Warp {
+  u32 slots[2][32][8];
+  u64 generation = 0;
+  int arrived = 0;
+};
+struct Thread {
+  void* stack_pointer;
+  Index index;
+  bool is_done;
+};
+
+static Index grid_, block_, threads_;
+static Thread* all;
+static Warp* warps;
+static char *stacks, *dynamic_shared, *shared_base;
+static u64 barrier_generation;
+static int barrier_arrived, num_alive;
+static Thread* self;
+static void* scheduler;
+static void (*body)(void**);
+static void** arguments;
+
+extern "C" void emu_switch(void** save, void* load);
+asm(R"(
+.text
+.type emu_switch,@function
+emu_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+)");
+static void yield() { emu_switch(&self->stack_pointer, scheduler); }
+static void entry() {
+  body(arguments);
+  self->is_done = true;
+  yield();
+  abort();
+}
+static void block_barrier() {  // threads that have left do not take part
+  const u64 mine = barrier_generation;
+  if (++barrier_arrived == num_alive) barrier_arrived = 0, barrier_generation++;
+  while (barrier_generation == mine) yield();
+}
+static int lane() { return self->index.x & 31; }
+static Warp& warp() { return warps[self->index.x >> 5]; }
+template <class T>
+static u32 (*exchange(const T* mine, int count))[8] {  // what each lane of the warp brought: slots[lane][i]
+  Warp& w = warp();
+  const u64 generation = w.generation;
+  memcpy(w.slots[generation & 1][lane()], mine, count * 4);
+  if (++w.arrived == 32) w.arrived = 0, w.generation++;
+  while (w.generation == generation) yield();
+  return w.slots[generation & 1];
+}
+constexpr size_t STACK = 64 * 1024;
+static void run_block(int order) {
+  const int n = threads_.x;
+  for (int i = 0; i < (n + 31) / 32; i++) warps[i] = Warp();
+  barrier_generation = barrier_arrived = 0, num_alive = n;
+  for (int i = 0; i < n; i++) {
+    void** top = (void**)(((uintptr_t)(stacks + (i + 1) * STACK) & ~(uintptr_t)63) - 8);
+    *top-- = nullptr;
+    *top = (void*)entry;
+    for (int r = 0; r < 6; r++) *--top = nullptr;
+    all[i] = {top, {i, 0, 0}, false};
+  }
+  long idle = 0;
+  for (int left = n; left;) {
+    const int before = left;
+    for (int i = 0; i < n; i++) {
+      self = &all[order == 0 ? i : order == 1 ? n - 1 - i : (i * 7 + 3) % n];  // 7 divides no number in use
+      if (self->is_done) continue;
+      emu_switch(&scheduler, self->stack_pointer);
+      if (self->is_done) {
+        left--, num_alive--;
+        if (num_alive && barrier_arrived == num_alive) barrier_arrived = 0, barrier_generation++;
+      }
+    }
+    idle = left == before ? idle + 1 : 0;
+    if (idle > 1000000) fprintf(stderr, "emulated block hangs\n"), abort();
+  }
+}
+template <size_t... I>
+struct Sequence {};
+template <class... A>
+struct Kernel {  // what a launch needs to know: the types of the arguments
+  template <void (*function)(A...), size_t... I>
+  static void call(void** args, Sequence<I...>) { function(*(A*)args[I]...); }
+  template <void (*function)(A...)>
+  static void entry(void** args) { call<function>(args, Sequence<__integer_pack(sizeof...(A))...>()); }
+};
+template <class... A>
+Kernel<A...> of(void (*)(A...));
+static void run(void (*kernel)(void**), void** args, const int* shape, int order) {
+  body = kernel, arguments = args;
+  grid_ = {shape[0], shape[1], shape[2]}, threads_ = {shape[3], 1, 1};
+  all = (Thread*)malloc(shape[3] * sizeof(Thread)), warps = (Warp*)malloc((shape[3] / 32 + 1) * sizeof(Warp));
+  stacks = (char*)malloc(shape[3] * STACK + 64), dynamic_shared = (char*)malloc(shape[4] + 2048);
+  shared_base = (char*)(((uintptr_t)dynamic_shared + 1023) & ~(uintptr_t)1023);
+  for (block_.z = 0; block_.z < grid_.z; block_.z++)
+    for (block_.y = 0; block_.y < grid_.y; block_.y++)
+      for (block_.x = 0; block_.x < grid_.x; block_.x++) run_block(order);
+  free(all), free(warps), free(stacks), free(dynamic_shared);
+}
+static float of_bf16(u32 bits) {
+  const u32 wide = bits << 16;
+  float f;
+  memcpy(&f, &wide, 4);
+  return f;
+}
+static u32 to_bf16(double v) {  // to the nearest, ties to even, also below the normal numbers
+  if (__builtin_isnan(v)) return 0x7fff;
+  u32 sign = __builtin_signbit(v) ? 0x8000 : 0;
+  v = fabs(v);
+  if (v == 0) return sign;
+  int exponent = ilogb(v);
+  if (exponent < -126) exponent = -126;
+  const double steps = nearbyint(ldexp(v, 7 - exponent));  // of 2^(exponent - 7)
+  if (v > 3.4e38 || ldexp(steps, exponent - 7) > 3.3961775292304957e38) return sign | 0x7f80;
+  const float f = (float)ldexp(steps, exponent - 7);
+  u32 wide;
+  memcpy(&wide, &f, 4);
+  return sign | wide >> 16;
+}
+}  // namespace emu
+
+#define threadIdx (emu::self->index)
+#define blockIdx (emu::block_)
+#define blockDim (emu::threads_)
+#define gridDim (emu::grid_)
+static inline void __syncthreads() { emu::block_barrier(); }
+static inline void __syncwarp() { u32 none = 0; emu::exchange(&none, 1); }
+template <class T>
+static T __shfl_sync(u32, T v, int from) {
+  T out;
+  memcpy(&out, emu::exchange(&v, 1)[from & 31], 4);
+  return out;
+}
+template <class T>
+static T __shfl_xor_sync(u32, T v, int mask) { return __shfl_sync(~0u, v, emu::lane() ^ mask); }
+template <class T>
+static T __shfl_up_sync(u32, T v, int by) {
+  const T other = __shfl_sync(~0u, v, emu::lane() - by);
+  return emu::lane() >= by ? other : v;
+}
+static inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
+static inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
+static inline float __int_as_float(int v) { return __uint_as_float(v); }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+  const u64 both = (u64)b << 32 | a;
+  u32 out = 0;
+  for (int i = 0; i < 4; i++) out |= (u32)(both >> ((selector >> 4 * i & 7) * 8) & 255) << 8 * i;
+  return out;
+}
+
+// ---- ptx.cuh
+static inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
+  u32 out = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const double x = emu::of_bf16(a >> i & 0xffff), y = emu::of_bf16(b >> i & 0xffff), z = emu::of_bf16(c >> i & 0xffff);
+    out |= emu::to_bf16(fma(x, y, z)) << i;
+  }
+  return out;
+}
+static inline u32 mul_bf16x2(u32 a, u32 b) { return fma_bf16x2(a, b, 0x80008000u); }
+static inline u32 bf16x2(float low, float high) { return emu::to_bf16(low) | emu::to_bf16(high) << 16; }
+static inline u16 fp16(float v) { _Float16 h = (_Float16)v; u16 out; memcpy(&out, &h, 2); return out; }
+static inline u32 twice_bf16(float a) { return bf16x2(a, a); }
+static inline float low_half(u32 h) { u16 bits = (u16)h; _Float16 f; memcpy(&f, &bits, 2); return (float)f; }
+static inline float high_half(u32 h) { return low_half(h >> 16); }
+static inline float plus_2_23(u32 v) { return __uint_as_float(v | 0x4B000000u); }
+static constexpr u32 power_x2(int e) { return ((u32)(127 + e) << 7) * 0x00010001u; }
+constexpr u32 MINUS_X2 = 0x80008000u;
+static inline void load4(u32* d, const char* p) { memcpy(d, __builtin_assume_aligned(p, 16), 16); }
+static inline void load2(u32* d, const char* p) { memcpy(d, p, 8); }
+static inline u32 load1(const char* p) { u32 d; memcpy(&d, p, 4); return d; }
+static inline u32 load_u16(const char* p) { u16 d; memcpy(&d, p, 2); return d; }
+static inline void mma(float* c, const u32* a, const u32* b) {
+  u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  u32(*const slots)[8] = emu::exchange(mine, 6);
+  const int g = emu::lane() >> 2, quad = emu::lane() & 3;
+  for (int i = 0; i < 4; i++) {
+    const int row = g + (i >> 1) * 8, column = quad * 2 + (i & 1);
+    double sum = c[i];
+    for (int k = 0; k < 16; k++) {
+      const u32 x = slots[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + (k >> 3) * 2] >> (k & 1) * 16;
+      const u32 y = slots[column * 4 + (k & 7) / 2][4 + (k >> 3)] >> (k & 1) * 16;
+      sum += (double)emu::of_bf16(x & 0xffff) * emu::of_bf16(y & 0xffff);
+    }
+    c[i] = (float)sum;
+  }
+}
+static inline void load_matrix4(u32* d, u32 shared) {
+  u32(*const slots)[8] = emu::exchange(&shared, 1);
+  for (int i = 0; i < 4; i++)
+    memcpy(d + i, emu::shared_base + slots[i * 8 + (emu::lane() >> 2)][0] + (emu::lane() & 3) * 4, 4);
+}
+static inline u32 shared_address(const void* p) { return (u32)((const char*)p - emu::shared_base); }
+
+// ---- async.cuh
+static inline void start_next_kernel() {}
+static inline void await_previous_kernel() {}
+static inline void copy16(u32 shared, const void* from) { memcpy(emu::shared_base + shared, from, 16); }
+static inline void copies_done() {}
