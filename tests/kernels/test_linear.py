@@ -15,7 +15,7 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, tiled
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear
-from worker_orcd.kernels.ops.ops import Ops, image_shape
+from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.quant.format import FORMATS
 from worker_orcd.quant.repack import pack
 
@@ -55,7 +55,7 @@ def rows_of(k: int, gpu: Gpu) -> Tensor:
 
 def product(gpu: Gpu, x: Tensor, matrix: TiledMatrix, bias: Tensor | None = None) -> Tensor:
     ops = Ops(gpu)
-    return ops.total([(Linear(gpu)(ops.to_image(x), len(x), matrix), bias)])
+    return ops.total([Part(Linear(gpu)(ops.to_image(x), len(x), matrix), bias)])
 
 
 def error(found: Tensor, x: Tensor, values: Tensor) -> float:
@@ -103,7 +103,7 @@ def check_variants(kind: GgmlType, shape: tuple[int, int], slices: int, gpu: Gpu
         count = 1 if matrix.plan.is_whole(variant) else slices
         part = torch.full((count, len(x), shape[0]), torch.nan, device=gpu.device)
         linear.multiply(image, matrix, variant, part)
-        y = ops.total([(part, None)])
+        y = ops.total([Part(part)])
         expected = y if expected is None else expected
         assert torch.equal(y, expected), variant
 

@@ -49,7 +49,9 @@ OTHERS = [
     ("add_norm", defined(WIDTH=4096)),
     ("add_norm", defined(WIDTH=36)),
     *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2)) for bits in KV_BITS.values()),
-    ("activate", defined(ACTIVATION=1)),
+    *(("activate", defined(ACTIVATION=kind.upper(), GATED=1)) for kind in ("silu", "gelu", "gelu_tanh", "clamped")),
+    ("activate", defined(ACTIVATION="GELU", GATED=0)),
+    ("arrange", defined(EXPERTS=32, USED=4)),
     ("to_image", defined(PLAIN=1)),
     ("total", defined(PLAIN=1)),
 ]

@@ -15,6 +15,7 @@ from worker_orcd.backends.base import Heads, Norm, Part, Rope, value_of
 from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
 from worker_orcd.backends.torch_ref import TorchBackend, normalize
 from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.ops import ops as kernel_ops
 from worker_orcd.kernels.ops.ops import Ops, image_shape
 
 BLOCK_SIZE = 16
@@ -67,18 +68,18 @@ def test_add_and_norm(width: int, slices: int, gpu: Gpu) -> None:
     x, y, bias, weight = (random(gpu, *s, width) for s in ((rows,), (slices, rows), (), ()))
     expected = x + value_of(Part(y, bias))
     kept = x.clone()
-    image = ops.add_norm(kept, (y, bias), (weight, None, 1e-5))
+    image = ops.add_norm(kept, kernel_ops.Part(y, bias), (weight, None, 1e-5))
     assert image is not None
     assert torch.equal(kept, expected)
     close(rows_of(image, rows, width).float(), normalize(expected, Norm(weight, 1e-5)), 4e-3)
     for start, end in ((0, 1), (3, 11)):
         part = x[start:end].clone()
-        again = ops.add_norm(part, (y[:, start:end].contiguous(), bias), (weight, None, 1e-5))
+        again = ops.add_norm(part, kernel_ops.Part(y[:, start:end].contiguous(), bias), (weight, None, 1e-5))
         assert again is not None
         assert torch.equal(part, expected[start:end])
         assert torch.equal(rows_of(again, end - start, width), rows_of(image, rows, width)[start:end])
     only = x.clone()
-    assert ops.add_norm(only, (y, bias), None) is None
+    assert ops.add_norm(only, kernel_ops.Part(y, bias), None) is None
     assert torch.equal(only, expected)
     normed = ops.add_norm(only, None, (weight, None, 1e-5))
     assert normed is not None
@@ -95,7 +96,7 @@ def test_norm_of_what_is_added_and_layer_norm(gpu: Gpu) -> None:
         random(gpu, width),
     )
     expected = x + 0.25 * normalize(y[0], Norm(weight, 1e-6))
-    image = ops.add_norm(x, (y, None), (weight, bias, 1e-5), after=(weight, None, 1e-6), factor=0.25)
+    image = ops.add_norm(x, kernel_ops.Part(y, None), (weight, bias, 1e-5), after=(weight, None, 1e-6), factor=0.25)
     assert image is not None
     close(x, expected)
     wanted = torch.nn.functional.layer_norm(expected, (width,), weight, bias, 1e-5)
@@ -107,21 +108,21 @@ def test_norm_of_what_is_added_and_layer_norm(gpu: Gpu) -> None:
 def test_activate(width: int, is_joined: bool, gpu: Gpu) -> None:
     ops = Ops(gpu)
     gate, up, bias = random(gpu, 2, 9, width) * 4, random(gpu, 3, 9, width), random(gpu, width)
-    parts = [(gate, None), (up, bias)]
+    parts = [kernel_ops.Part(gate), kernel_ops.Part(up, bias)]
     if is_joined:
-        parts = [(torch.cat([gate, up[:2]], 2), torch.cat([torch.zeros_like(bias), bias]))]
+        parts = [kernel_ops.Part(torch.cat([gate, up[:2]], 2), torch.cat([torch.zeros_like(bias), bias]))]
         up = up[:2].contiguous()
     g, u = value_of(Part(gate, None)), value_of(Part(up, bias))
     image = ops.activate(parts, width)
     close(rows_of(image, 9, width).float(), g / (1 + torch.exp(-g)) * u, 4e-3)
-    few = [(slices[:, 4:6].contiguous(), bias_) for slices, bias_ in parts]
+    few = [part._replace(slices=part.slices[:, 4:6].contiguous()) for part in parts]
     assert torch.equal(rows_of(ops.activate(few, width), 2, width), rows_of(image, 9, width)[4:6])
 
 
 @pytest.mark.parametrize("widths", [(5,), (257, 3), (64, 32, 32)])
 def test_total(widths: tuple[int, ...], gpu: Gpu) -> None:
-    sums = [(random(gpu, i + 1, 6, n), random(gpu, n) if i else None) for i, n in enumerate(widths)]
-    expected = torch.cat([value_of(Part(*part)) for part in sums], 1)
+    sums = [kernel_ops.Part(random(gpu, i + 1, 6, n), random(gpu, n) if i else None) for i, n in enumerate(widths)]
+    expected = torch.cat([value_of(Part(part.slices, part.bias)) for part in sums], 1)
     assert torch.equal(Ops(gpu).total(sums), expected)
 
 
@@ -163,16 +164,16 @@ def test_rope_and_store(style: str, heads: int, kv_heads: int, dim: int, is_norm
     rows, shape = len(batch.attn.positions), Heads(heads, kv_heads, dim)
     norms = [Norm(random(gpu, dim), 1e-6) if is_normed else None for _ in range(2)]
     qkv = [
-        (random(gpu, 2, rows, heads * dim), random(gpu, heads * dim)),
-        (random(gpu, 1, rows, kv_heads * dim), None),
-        (random(gpu, 3, rows, kv_heads * dim), None),
+        kernel_ops.Part(random(gpu, 2, rows, heads * dim), random(gpu, heads * dim)),
+        kernel_ops.Part(random(gpu, 1, rows, kv_heads * dim)),
+        kernel_ops.Part(random(gpu, 3, rows, kv_heads * dim)),
     ]
     found = Ops(gpu).rope_store(
         qkv, (heads, kv_heads, dim), tuple(n and (n.weight, None, n.eps) for n in norms),  # type: ignore[arg-type]
         (made.kv.k, made.kv.v), (batch.attn.positions, batch.slots), (rope.cos, rope.sin), style == "interleaved",
     )  # fmt: skip
     shape = Heads(heads, kv_heads, dim, *norms)
-    expected = reference.rope_and_store(tuple(Part(*p) for p in qkv), shape, other.kv, batch, rope)
+    expected = reference.rope_and_store(tuple(Part(p.slices, p.bias) for p in qkv), shape, other.kv, batch, rope)
     same: Callable[[Tensor, Tensor], None] = close if is_normed else exactly
     same(found, expected)
     same(made.kv.k, other.kv.k)
@@ -189,7 +190,7 @@ def test_a_cache_of_16_bits_is_rounded_to_the_nearest(dtype: torch.dtype, gpu: G
     batch, rows = made.batch, len(made.batch.slots)
     qkv, table = random(gpu, 1, rows, 5 * 24), torch.ones(700, 12, device=gpu.device)
     Ops(gpu).rope_store(
-        [(qkv, None)], (1, 2, 24), (None, None), (made.kv.k, made.kv.v), (batch.attn.positions, batch.slots),
+        [kernel_ops.Part(qkv)], (1, 2, 24), (None, None), (made.kv.k, made.kv.v), (batch.attn.positions, batch.slots),
         (table, table * 0), False,
     )  # fmt: skip
     stored = made.kv.v.view(-1, 2 * 24)[batch.slots]
@@ -204,7 +205,8 @@ def test_the_order_in_which_threads_run_does_not_matter(order: int) -> None:
     plain, other = Ops(EmulatedGpu()), Ops(EmulatedGpu(order=order))
     x, y, weight = torch.randn(2, 2052), torch.randn(3, 2, 2052), torch.randn(2052)
     images = [
-        ops.add_norm(x.clone(), (y, None), (weight, weight, 1e-5), (weight, None, 1e-5)) for ops in (plain, other)
+        ops.add_norm(x.clone(), kernel_ops.Part(y, None), (weight, weight, 1e-5), (weight, None, 1e-5))
+        for ops in (plain, other)
     ]
     assert all(image is not None for image in images)
     assert torch.equal(rows_of(images[0], 2, 2052), rows_of(images[1], 2, 2052))  # type: ignore[arg-type]
@@ -212,10 +214,10 @@ def test_the_order_in_which_threads_run_does_not_matter(order: int) -> None:
 
 def test_what_does_not_match_is_refused_before_a_launch(gpu: Gpu) -> None:
     ops, x = Ops(gpu), random(gpu, 4, 96)
-    y, weight = (x[None].contiguous(), None), x[0].contiguous()
+    y, weight = kernel_ops.Part(x[None].contiguous()), x[0].contiguous()
     table, cache = random(gpu, 8, 6), (torch.zeros(1, 8, 2, 24, device=gpu.device),) * 2
     at = (torch.zeros(4, dtype=torch.int64, device=gpu.device),) * 2
-    qkv = (random(gpu, 1, 4, 6 * 24), None)
+    qkv = kernel_ops.Part(random(gpu, 1, 4, 6 * 24))
 
     def rope(**changes: object) -> Callable[[], object]:
         args = {"qkv": [qkv], "heads": (2, 2, 24), "norms": (None, None), "cache": cache, "at": at,
@@ -228,9 +230,9 @@ def test_what_does_not_match_is_refused_before_a_launch(gpu: Gpu) -> None:
         ("float32 and contiguous", lambda: ops.add_norm(x.T, None, None)),
         ("multiple of 4", lambda: ops.add_norm(x[:, :95].contiguous(), None, None)),
         ("sums", lambda: ops.add_norm(x[:2], y, None)),
-        ("the bias", lambda: ops.add_norm(x, (y[0], weight[:95].contiguous()), None)),
+        ("the bias", lambda: ops.add_norm(x, kernel_ops.Part(y[0], weight[:95].contiguous()), None)),
         ("gate and up", lambda: ops.activate([y, y], 95)),
-        ("gate and up", lambda: ops.activate([y, (y[0][..., :48].contiguous(), None)], 48)),
+        ("gate and up", lambda: ops.activate([y, kernel_ops.Part(y[0][..., :48].contiguous())], 48)),
         ("columns are needed", lambda: ops.activate([y], 96)),
         ("at most", lambda: ops.to_image(torch.zeros(65_536, 4, device=gpu.device))),
         ("columns are needed", rope(heads=(1, 2, 24))),

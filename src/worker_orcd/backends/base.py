@@ -6,6 +6,10 @@ Glossary of dimensions, used in every shape comment:
     Hq query heads                    Hk key/value heads             D  head size
     F  feed-forward width             E  experts
 
+A step flows through four forms: the residual stream, float32 [T, K]; an `Operand`, what a product multiplies; `Sums`,
+what it gives; queries, float32 [T, Hq, D]. Operations hand them on without a round through a common form, so that a
+backend can keep operands in the order its products read and leave sums to be added up by whoever reads them.
+
 Numerics contract: row t of every result depends on row t of the inputs (and, in attention, on its own
 sequence's cache) and on nothing else, bit for bit. The number of rows, their order and their neighbours are
 not allowed to matter.
@@ -24,7 +28,7 @@ from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
 from worker_orcd.gguf.types import GgmlType
 
 RopeStyle = Literal["half", "interleaved"]
-Activation = Literal["silu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "clamped"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,83 @@ class PackedWeight:
         return sum(part.nbytes for part in self.parts)
 
 
+Projection = tuple[tuple[PackedWeight, Tensor | None], ...]  # matrices and biases whose outputs stand side by side
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a product multiplies: `num_rows` rows of `width` numbers, in the form this backend's products read."""
+
+    data: Tensor
+    num_rows: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Outputs of one matrix: the sum over `slices` in their order, plus the bias."""
+
+    slices: Tensor  # f32 [slices, T, N]
+    bias: Tensor | None  # f32 [N]
+
+    @property
+    def width(self) -> int:
+        return self.slices.shape[2]
+
+
+Sums = tuple[Part, ...]  # side by side
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x²) + eps) · weight (arXiv:1910.07467); with a bias, x - mean(x) for x (arXiv:1607.06450)."""
+
+    weight: Tensor  # f32 [K]
+    eps: float
+    bias: Tensor | None = None  # f32 [K]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the outputs of the qkv projection are cut: Hq, Hk and Hk heads of D numbers.
+
+    A norm of D numbers acts on each head, one of all heads' numbers on all of them together.
+    """
+
+    num_heads: int  # Hq
+    num_kv_heads: int  # Hk, a divisor of Hq
+    head_dim: int  # D
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A gated MLP that every row takes, weighted by σ(gate)."""
+
+    gate: Projection  # [1, K]
+    gate_up: Projection  # gate and up, [F', K] each
+    down: Projection  # [K, F']
+
+
+@dataclass(frozen=True)
+class Experts:
+    """E gated MLPs, of which a row takes those that a router scores highest (arXiv:1701.06538).
+
+    The matrices of all experts lie one under the other, and so do their biases: expert e owns the rows e·N to
+    (e + 1)·N - 1 of each.
+    """
+
+    num_experts: int  # E
+    num_used: int  # by a row
+    is_normalized: bool  # a row weights experts by the softmax over those it takes; else over all
+    router: Projection  # [E, K]
+    gate_up: Projection  # gate and up, [E F, K] each
+    down: Projection  # [E K, F]
+    activation: Activation
+    shared: SharedExpert | None = None
+
+
 @dataclass(frozen=True)
 class AttnSpec:
     """Constants of attention in one layer."""
@@ -48,11 +129,14 @@ class AttnSpec:
     num_kv_heads: int  # Hk, a divisor of Hq
     head_dim: int  # D
     scale: float  # multiplies q·k
+    window: int = 0  # a query sees the last `window` positions, its own included; 0: all of them
+    soft_cap: float = 0.0  # scores become cap · tanh(score / cap); 0: they do not
+    sinks: Tensor | None = None  # f32 [Hq], a logit that takes part in the softmax and has no value
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotation tables; row p holds the angles of position p. Dimensions beyond `2 * cos.shape[1]` pass."""
+    """Rotation tables; row p holds the angles of position p. Dimensions beyond `2 * cos.shape[1]` pass: maybe all."""
 
     cos: Tensor  # f32 [context, rotated dims / 2]
     sin: Tensor
@@ -66,11 +150,10 @@ class AttentionKernel(Protocol):
 
 
 class Backend(Protocol):
-    """About ten operations, float32 in and out, each row-invariant."""
+    """About ten operations, each row-invariant."""
 
     name: str
     device: torch.device
-    attention: AttentionKernel
 
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
         """GGUF bytes of one matrix (u8, on the device) → the backend's own form. Takes ownership of `raw`."""
@@ -84,18 +167,56 @@ class Backend(Protocol):
         """Rows of the table: i64 [T] → [T, K]."""
         ...
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        """x · weightᵀ + bias: [T, K] → [T, N]."""
+    def linear(self, x: Operand, projection: Projection) -> Sums:
+        """x · weightᵀ + bias for each matrix: [T, K] → [T, N]."""
         ...
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMS norm over the last dimension: x / sqrt(mean(x²) + eps) · weight (arXiv:1910.07467)."""
+    def total(self, sums: Sums) -> Tensor:
+        """The sums added up: f32 [T, N]."""
         ...
 
-    def rope_and_store(self, qkv: tuple[Tensor, Tensor, Tensor], kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
-        """Rotate q [T, Hq, D] and k [T, Hk, D] (arXiv:2104.09864), store k and v, return the rotated q."""
+    def norm(self, x: Tensor, norm: Norm | None) -> Operand:
+        """[T, K] normalized over K; None: as it is."""
         ...
 
-    def activate(self, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
-        """act(gate) · up, elementwise: [T, F], [T, F] → [T, F] (arXiv:2002.05202)."""
+    def add(self, x: Tensor, y: Sums, after: Norm | None = None, scale: float = 1.0) -> Tensor:
+        """x + scale · after(y): f32 [T, K]. `x` may be overwritten."""
         ...
+
+    def add_norm(
+        self, x: Tensor, y: Sums, norm: Norm | None, after: Norm | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Operand]:
+        """As `add`, and that as `norm`. `x` may be overwritten."""
+        ...
+
+    def rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
+        """Rotate q and k (arXiv:2104.09864), store k and v, return the rotated q [T, Hq, D]."""
+        ...
+
+    def attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
+        """Causal softmax(q·kᵀ·scale)·v over the cached context, heads side by side: [T, Hq D]."""
+        ...
+
+    def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
+        """act(gate) · up for the first and the second half of the sums: [T, 2 F] → [T, F] (arXiv:2002.05202).
+
+        Not gated: act(up), [T, F] → [T, F]. "silu" is x · σ(x); "gelu" x · Φ(x), and "gelu_tanh" its approximation
+        x · σ(2u), u = √(2/π) (x + 0.044715 x³) (arXiv:1606.08415). "clamped", always gated, is
+        σ(1.702 gate) · gate · (up + 1), with gate at most 7 and up within ±7 (arXiv:2508.10925).
+        """
+        ...
+
+    def experts(self, x: Operand, experts: Experts) -> Sums:
+        """What each row's experts give, weighted: [T, K] → [T, K].
+
+        Added up in the order of their scores, equal ones by index, the shared expert last.
+        """
+        ...
+
+
+def value_of(part: Part) -> Tensor:
+    """A part added up in its order: f32 [T, N]."""
+    total = part.slices[0]
+    for piece in part.slices[1:]:
+        total = total + piece
+    return total if part.bias is None else total + part.bias

@@ -12,13 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker_orcd.backends.base import Activation, AttentionKernel, AttnSpec, PackedWeight, Rope
+from worker_orcd.backends import base
+from worker_orcd.backends.base import (
+    Activation,
+    AttentionKernel,
+    AttnSpec,
+    Experts,
+    Heads,
+    Norm,
+    Operand,
+    Projection,
+    Rope,
+    Sums,
+)
 from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
-from worker_orcd.backends.torch_ref import BasicAttention
+from worker_orcd.backends.torch_ref import BasicAttention, normalize, sigmoid
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.attention import Form, Pages, attend
+from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, tiled
+from worker_orcd.kernels.ops import ops
+from worker_orcd.kernels.ops.experts import ExpertOps, Routing
 from worker_orcd.kernels.ops.ops import Ops
 from worker_orcd.quant.repack import check_scales, gather_rows, pack
 from worker_orcd.quant.tiles import TILE_ROWS, packed_bytes
@@ -27,23 +42,27 @@ HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
 
 
 @dataclass(frozen=True)
-class CudaWeight(PackedWeight):
+class PackedWeight(base.PackedWeight):
     """`parts` is the one tensor of tiles; `matrix` the same with its plan."""
 
     matrix: TiledMatrix
 
 
 class CudaBackend:
+    """Operands are images of `kernels/ops`, sums the slices that the matmuls of `kernels/linear` leave."""
+
     name = "cuda"
 
-    def __init__(self, device: torch.device) -> None:
-        """Compiles and runs the self-test. Raises CudaError on a card that does not pass it."""
-        self.device = device
-        self._linear, self._ops = Linear(device), Ops(device)
-        self.attention: AttentionKernel = FlashAttention()
-        check_equal_bits(self._linear)
+    def __init__(self, device: torch.device, gpu: Gpu | None = None) -> None:
+        """Runs the self-test. Raises CudaError on a card that does not pass it."""
+        gpu = gpu or Gpu(device)
+        self.device = gpu.device
+        self._ops, self._linear = Ops(gpu), Linear(gpu)
+        self._experts = ExpertOps(gpu, self._ops)
+        self._attention: AttentionKernel = FlashAttention()
+        check_equal_bits(self._linear, self._ops, self.device)
 
-    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
+    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> base.PackedWeight:
         """Move the bits into tiles, on the device. Raises InsufficientVram, and ModelLoadFailed for absurd scales."""
         check_scales(raw, type)
         try:
@@ -52,12 +71,12 @@ class CudaBackend:
             raise InsufficientVram(f"{packed_bytes(type, shape)} bytes for one matrix on {self.device}") from error
         return self._weight(tiles, type, shape)
 
-    def _weight(self, tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> CudaWeight:
+    def _weight(self, tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
         matrix = tiled(tiles, type, shape)
         self._linear.compile_ahead(matrix)
-        return CudaWeight(type, shape, (tiles,), matrix)
+        return PackedWeight(type, shape, (tiles,), matrix)
 
-    def join(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:
+    def join(self, weights: Sequence[base.PackedWeight]) -> base.PackedWeight | None:
         """One matrix with the rows of all, for inputs they share; None where formats or widths differ.
 
         Tiles stay as they are, so all matrices but the last must end with a tile. For a moment both copies exist.
@@ -70,23 +89,104 @@ class CudaBackend:
         tiles = torch.cat([weight.parts[0] for weight in weights])
         return self._weight(tiles, first.type, (total, first.shape[1]))
 
-    def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
+    def embed(self, tokens: Tensor, table: base.PackedWeight) -> Tensor:
         return gather_rows(table.parts[0], table.type, table.shape[1], tokens)
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        assert isinstance(weight, CudaWeight)
-        return self._linear(x.contiguous(), weight.matrix, bias)
+    def linear(self, x: Operand, projection: Projection) -> Sums:
+        return tuple(base.Part(self._product(x, weight), bias) for weight, bias in projection)
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._ops.norm(x, weight, eps)
+    def _product(self, x: Operand, weight: base.PackedWeight) -> Tensor:
+        assert isinstance(weight, PackedWeight)
+        return self._linear(x.data, x.num_rows, weight.matrix)
 
-    def rope_and_store(self, qkv: tuple[Tensor, Tensor, Tensor], kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
-        at = batch.attn.positions, batch.slots
-        return self._ops.rope_store(qkv, (kv.k, kv.v), at, (rope.cos, rope.sin), rope.style == "interleaved")
+    def total(self, sums: Sums) -> Tensor:
+        first = sums[0]
+        if len(sums) == 1 and len(first.slices) == 1 and first.bias is None:
+            return first.slices[0]
+        return self._ops.total(_parts(sums))
 
-    def activate(self, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
-        assert kind == "silu"
-        return self._ops.silu_times(gate, up)
+    def norm(self, x: Tensor, norm: Norm | None) -> Operand:
+        image = self._ops.to_image(x) if norm is None else self._ops.add_norm(x, None, _norm(norm))
+        return _operand(image, *x.shape)
+
+    def add(self, x: Tensor, y: Sums, after: Norm | None = None, scale: float = 1.0) -> Tensor:
+        self._ops.add_norm(x, _part(y), None, _norm(after), scale)
+        return x
+
+    def add_norm(
+        self, x: Tensor, y: Sums, norm: Norm | None, after: Norm | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Operand]:
+        if norm is None:
+            return self.add(x, y, after, scale), self.norm(x, None)
+        return x, _operand(self._ops.add_norm(x, _part(y), _norm(norm), _norm(after), scale), *x.shape)
+
+    def rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
+        dims = heads.num_heads, heads.num_kv_heads, heads.head_dim
+        if heads.q_norm is not None and len(heads.q_norm.weight) != heads.head_dim:
+            qkv, heads = self._normalized(qkv, heads), Heads(*dims)
+        norms = _norm(heads.q_norm), _norm(heads.k_norm)
+        at, table = (batch.attn.positions, batch.slots), (rope.cos, rope.sin)
+        return self._ops.rope_store(_parts(qkv), dims, norms, (kv.k, kv.v), at, table, rope.style == "interleaved")
+
+    def _normalized(self, qkv: Sums, heads: Heads) -> Sums:
+        """With norms over all heads of q and of k: rare, so the reference does."""
+        widths = [n * heads.head_dim for n in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)]
+        parts = self.total(qkv).split(widths, 1)  # type: ignore[no-untyped-call]
+        norms = heads.q_norm, heads.k_norm, None
+        normed = [normalize(x, norm).contiguous() for x, norm in zip(parts, norms, strict=True)]
+        return tuple(base.Part(x[None], None) for x in normed)
+
+    def attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
+        found = self._attention(q, kv, batch, spec).flatten(1)
+        return _operand(self._ops.to_image(found), *found.shape)
+
+    def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
+        num_rows, width = gate_up[0].slices.shape[1], sum(part.width for part in gate_up) // (1 + is_gated)
+        return _operand(self._ops.activate(_parts(gate_up), width, kind, is_gated), num_rows, width)
+
+    def experts(self, x: Operand, experts: Experts) -> Sums:
+        scores = _parts(self.linear(x, experts.router))
+        routing = self._experts.route(scores, experts.num_experts, experts.num_used, experts.is_normalized)
+        spread = self._experts.spread(x.data, routing)
+        gate_up = [self._grouped(spread, weight, bias, experts, routing) for weight, bias in experts.gate_up]
+        width = sum(part.slices.shape[2] for part in gate_up) // 2
+        image = self._ops.activate(gate_up, width, experts.activation)
+        ((down, bias),) = experts.down
+        y = self._experts.combine(self._grouped(image, down, bias, experts, routing), routing)
+        return (base.Part(torch.stack([y, *self._shared(x, experts)]), None),)
+
+    def _grouped(
+        self, image: Tensor, weight: base.PackedWeight, bias: Tensor | None, experts: Experts, routing: Routing
+    ) -> ops.Part:
+        (n, k), count = weight.shape, experts.num_experts
+        matrix = tiled(weight.parts[0], weight.type, (n // count, k), count)
+        return self._experts.multiply(image, matrix, bias, routing)
+
+    def _shared(self, x: Operand, experts: Experts) -> list[Tensor]:
+        shared = experts.shared
+        if shared is None:
+            return []
+        h = self.activate(self.linear(x, shared.gate_up), experts.activation)
+        gate = sigmoid(self.total(self.linear(x, shared.gate)))
+        return [self.total(self.linear(h, shared.down)) * gate]
+
+
+def _operand(image: Tensor | None, num_rows: int, width: int) -> Operand:
+    assert image is not None
+    return Operand(image, num_rows, width)
+
+
+def _parts(sums: Sums) -> list[ops.Part]:
+    return [ops.Part(part.slices, part.bias) for part in sums]
+
+
+def _part(sums: Sums) -> ops.Part:
+    (part,) = sums  # what is added to the residual stream comes from one matrix
+    return ops.Part(part.slices, part.bias)
+
+
+def _norm(norm: Norm | None) -> ops.Norm | None:
+    return None if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
 class FlashAttention:
@@ -98,6 +198,8 @@ class FlashAttention:
     def __call__(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Tensor:
         if spec.head_dim % HEAD_DIM_STEP or spec.head_dim > MAX_HEAD_DIM:
             return self._basic(q, kv, batch, spec)
-        form = Form(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale)
+        form = Form(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, window=spec.window, soft_cap=spec.soft_cap
+        )
         pages = Pages(batch.query_starts, batch.context_lens, batch.block_table)
-        return attend(q.contiguous(), kv.k, kv.v, pages, form)
+        return attend(q, kv.k, kv.v, pages, form, spec.sinks)

@@ -3,8 +3,8 @@
 How a row stays independent of its neighbours, bit for bit:
   - matrix products are always computed for exactly ROW_TILE rows (short tiles are padded with zeros), because
     a BLAS library picks its kernel, and with it the order of addition, by the shape. That the position of a
-    row inside such a tile does not matter either is measured for every weight when it is packed, not assumed;
-    where it does matter, that weight's tile is a single row;
+    row inside such a tile does not matter either is measured for every shape of a matrix, not assumed; where it
+    does matter, the tile is a single row;
   - attention cuts the context at multiples of SPLIT positions and combines the pieces in order with a running
     maximum and sum (arXiv:2205.14135), so every product has one shape at every context length, and a piece
     that is wholly masked for a row multiplies by one and adds zero;
@@ -16,11 +16,26 @@ How a row stays independent of its neighbours, bit for bit:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import pi, sqrt
 
 import torch
 from torch import Tensor
 
-from worker_orcd.backends.base import Activation, AttentionKernel, AttnSpec, PackedWeight, Rope
+from worker_orcd.backends.base import (
+    Activation,
+    AttentionKernel,
+    AttnSpec,
+    Experts,
+    Heads,
+    Norm,
+    Operand,
+    PackedWeight,
+    Part,
+    Projection,
+    Rope,
+    Sums,
+    value_of,
+)
 from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.types import GgmlType
@@ -31,6 +46,7 @@ QUERY_TILE = 8  # rows attention takes
 SPLIT = 256  # positions
 PIECE_ELEMS = 2**20  # elements dequantized at once
 MASKED = float("-inf")
+CLAMP, CLAMPED_SLOPE = 7.0, 1.702  # of the "clamped" activation
 LOWEST = -1e30  # a running maximum before anything was seen; finite, so that differences are defined
 
 
@@ -42,7 +58,7 @@ class TorchBackend:
     def __init__(self, device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         self.device = device
-        self.attention: AttentionKernel = BasicAttention()
+        self._attention: AttentionKernel = BasicAttention()
         self._row_tiles: dict[tuple[int, int], int] = {}
 
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
@@ -51,8 +67,6 @@ class TorchBackend:
             matrix = dequantize(raw, type).view(shape)
         except torch.OutOfMemoryError as error:
             raise InsufficientVram(f"{shape[0] * shape[1] * 4} bytes for one matrix on {self.device}") from error
-        if shape not in self._row_tiles:
-            self._row_tiles[shape] = ROW_TILE if _is_row_invariant(matrix) else 1
         return PackedWeight(type, shape, (matrix,))
 
     def join(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:  # noqa: ARG002 - gains nothing here
@@ -61,25 +75,133 @@ class TorchBackend:
     def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
         return table.parts[0][tokens]
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-        y = tiled_matmul(x, weight.parts[0], self._row_tiles[weight.shape])
-        return y if bias is None else y + bias
+    def linear(self, x: Operand, projection: Projection) -> Sums:
+        return tuple(Part(self._product(x.data, weight)[None], bias) for weight, bias in projection)
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean = by_tiles(x, ROW_TILE, lambda tile: tile.square().mean(-1, keepdim=True))
-        return x * (mean + eps).rsqrt() * weight
+    def _product(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        if weight.shape not in self._row_tiles:
+            self._row_tiles[weight.shape] = ROW_TILE if _is_row_invariant(weight.parts[0]) else 1
+        return tiled_matmul(x, weight.parts[0], self._row_tiles[weight.shape])
 
-    def rope_and_store(self, qkv: tuple[Tensor, Tensor, Tensor], kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
-        q, k, v = qkv
+    def total(self, sums: Sums) -> Tensor:
+        parts = [value_of(part) for part in sums]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def norm(self, x: Tensor, norm: Norm | None) -> Operand:
+        return _operand(normalize(x, norm))
+
+    def add(self, x: Tensor, y: Sums, after: Norm | None = None, scale: float = 1.0) -> Tensor:
+        return x + normalize(self.total(y), after) * scale
+
+    def add_norm(
+        self, x: Tensor, y: Sums, norm: Norm | None, after: Norm | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Operand]:
+        x = self.add(x, y, after, scale)
+        return x, self.norm(x, norm)
+
+    def rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
+        q, k, v = cut(self.total(qkv), heads)
+        q, k = _normalize_heads(q, heads.q_norm), _normalize_heads(k, heads.k_norm)
         cos = rope.cos[batch.attn.positions].unsqueeze(1)  # [T, 1, half]
         sin = rope.sin[batch.attn.positions].unsqueeze(1)
-        kv.k.view(-1, *kv.k.shape[2:])[batch.slots] = _rotate(k, cos, sin, rope)
-        kv.v.view(-1, *kv.v.shape[2:])[batch.slots] = v
+        kv.k.view(-1, *kv.k.shape[2:])[batch.slots] = _rotate(k, cos, sin, rope).to(kv.k.dtype)
+        kv.v.view(-1, *kv.v.shape[2:])[batch.slots] = v.to(kv.v.dtype)
         return _rotate(q, cos, sin, rope)
 
-    def activate(self, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
-        assert kind == "silu"
-        return gate / (1.0 + torch.exp(-gate)) * up
+    def attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
+        return _operand(self._attention(q, kv, batch, spec).flatten(1))
+
+    def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
+        x = self.total(gate_up)
+        if not is_gated:
+            return _operand(FUNCTIONS[kind](x))
+        gate, up = x.chunk(2, 1)
+        if kind == "clamped":
+            gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+            return _operand(gate * sigmoid(CLAMPED_SLOPE * gate) * (up + 1.0))
+        return _operand(FUNCTIONS[kind](gate) * up)
+
+    def experts(self, x: Operand, experts: Experts) -> Sums:
+        """Expert by expert, its rows together."""
+        scores = self.total(self.linear(x, experts.router))
+        chosen, weights = choose(scores, experts)  # [T, used] each
+        out = x.data.new_zeros(experts.num_used, *x.data.shape)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, slots = (chosen == expert).nonzero(as_tuple=True)
+            gate_up, down = (part_of(p, expert, experts.num_experts) for p in (experts.gate_up, experts.down))
+            y = self._mlp(_operand(x.data[rows]), gate_up, down, experts.activation)
+            out[slots, rows] = y * weights[rows, slots, None]
+        if experts.shared is not None:
+            shared = experts.shared
+            y = self._mlp(x, shared.gate_up, shared.down, experts.activation)
+            out = torch.cat([out, (y * sigmoid(self.total(self.linear(x, shared.gate))))[None]])
+        return (Part(out, None),)
+
+    def _mlp(self, x: Operand, gate_up: Projection, down: Projection, activation: Activation) -> Tensor:
+        return self.total(self.linear(self.activate(self.linear(x, gate_up), activation), down))
+
+
+def _operand(x: Tensor) -> Operand:
+    return Operand(x, *x.shape)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1.0 / (1.0 + torch.exp(-x))
+
+
+def choose(scores: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Router scores [T, E] → the experts of each row, best first, i64 [T, used], and their weights."""
+    ordered, index = scores.sort(dim=-1, descending=True, stable=True)
+    weighed = ordered[:, : experts.num_used] if experts.is_normalized else ordered
+    exps = torch.exp(weighed - weighed[:, :1])
+    total = by_tiles(exps, ROW_TILE, lambda tile: tile.sum(-1, keepdim=True))
+    return index[:, : experts.num_used], exps[:, : experts.num_used] / total
+
+
+def part_of(projection: Projection, expert: int, num_experts: int) -> Projection:
+    """One expert's rows, as views."""
+    found = []
+    for weight, bias in projection:
+        matrix = weight.parts[0].view(num_experts, -1, weight.shape[1])[expert]
+        own = PackedWeight(weight.type, (matrix.shape[0], matrix.shape[1]), (matrix,))
+        found.append((own, None if bias is None else bias.view(num_experts, -1)[expert]))
+    return tuple(found)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return x / (1.0 + torch.exp(-2.0 * sqrt(2.0 / pi) * (x + 0.044715 * x * x * x)))
+
+
+FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1.0 + torch.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1.0 + torch.erf(x * sqrt(0.5))),
+    "gelu_tanh": gelu_tanh,
+}
+
+
+def normalize(x: Tensor, norm: Norm | None) -> Tensor:
+    """Over the last dimension."""
+    if norm is None:
+        return x
+    if norm.bias is not None:
+        x = x - by_tiles(x, ROW_TILE, lambda tile: tile.mean(-1, keepdim=True))
+    mean = by_tiles(x, ROW_TILE, lambda tile: tile.square().mean(-1, keepdim=True))
+    x = x * (mean + norm.eps).rsqrt() * norm.weight
+    return x if norm.bias is None else x + norm.bias
+
+
+def _normalize_heads(x: Tensor, norm: Norm | None) -> Tensor:
+    """x [T, H, D]: each head, or all of them together where the norm is as wide."""
+    if norm is None or len(norm.weight) == x.shape[2]:
+        return normalize(x, norm)
+    return normalize(x.flatten(1), norm).view_as(x)
+
+
+def cut(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, (Hq + 2 Hk) D] → q [T, Hq, D], k and v [T, Hk, D]."""
+    by_head = qkv.reshape(len(qkv), -1, heads.head_dim)
+    q, k, v = by_head.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], 1)  # type: ignore[no-untyped-call]
+    return q, k, v
 
 
 def dequantize(raw: Tensor, type: GgmlType) -> Tensor:
@@ -170,15 +292,18 @@ def _attend(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, spec: AttnSpec) 
     tile = tile.permute(1, 0, 2, 3).reshape(spec.num_kv_heads, QUERY_TILE * group, dim)
     row_positions = torch.full((QUERY_TILE,), -1, device=q.device)
     row_positions[:n] = positions
-    limit = row_positions.repeat_interleave(group)[:, None]  # the last position each row may see
+    row_positions = row_positions.repeat_interleave(group)[:, None]
 
-    peak = q.new_full((spec.num_kv_heads, QUERY_TILE * group, 1), LOWEST)
-    total = torch.zeros_like(peak)
+    peak, total = _before_any_key(tile, spec)
     acc = torch.zeros_like(tile)
     offsets = torch.arange(SPLIT, device=q.device)
     for split in range(k.shape[0]):
         scores = torch.bmm(tile, k[split].transpose(1, 2)) * spec.scale
-        scores = scores.masked_fill(split * SPLIT + offsets > limit, MASKED)
+        if spec.soft_cap:
+            scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+        behind = row_positions - (split * SPLIT + offsets)
+        hidden = (behind < 0) | (behind >= spec.window) if spec.window else behind < 0
+        scores = scores.masked_fill(hidden, MASKED)
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - new_peak)
         rescale = torch.exp(peak - new_peak)
@@ -187,3 +312,13 @@ def _attend(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, spec: AttnSpec) 
         peak = new_peak
     acc = acc / total
     return acc.view(spec.num_kv_heads, QUERY_TILE, group, dim).permute(1, 0, 2, 3).reshape(QUERY_TILE, heads, dim)[:n]
+
+
+def _before_any_key(tile: Tensor, spec: AttnSpec) -> tuple[Tensor, Tensor]:
+    """Running maximum and sum of each row: [Hk, rows, 1]. A sink is a key seen before all others."""
+    if spec.sinks is None:
+        peak = tile.new_full((*tile.shape[:2], 1), LOWEST)
+        return peak, torch.zeros_like(peak)
+    sinks = spec.sinks.clamp(min=LOWEST).view(spec.num_kv_heads, 1, -1)  # [Hk, 1, group]
+    peak = sinks.expand(-1, QUERY_TILE, -1).reshape(*tile.shape[:2], 1)
+    return peak, torch.ones_like(peak)

@@ -177,6 +177,7 @@ static T __shfl_up_sync(u32, T v, int by) {
   const T other = __shfl_sync(~0u, v, emu::lane() - by);
   return emu::lane() >= by ? other : v;
 }
+static inline int atomicAdd(int* at, int v) { const int before = *at; *at += v; return before; }
 static inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 static inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 static inline float __int_as_float(int v) { return __uint_as_float(v); }

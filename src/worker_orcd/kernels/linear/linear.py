@@ -17,9 +17,9 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear
-from worker_orcd.kernels.ops.ops import Ops, image_shape
+from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import tile_bytes, tile_grid
+from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
 
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 ROWS_WITH_PARTIALS = 128  # rows for which slices write partial sums; more are taken in turns
@@ -28,15 +28,17 @@ REGISTERS = {1: (216, 40), 2: (232, 40), 3: (152, 32), 4: (112, 24)}  # consumer
 
 @dataclass(frozen=True)
 class TiledMatrix:
-    """A matrix [N, K] in the tiles of `quant.repack`, with its plan."""
+    """A matrix [N, K] in the tiles of `quant.repack`, with its plan; or several, one under the other."""
 
     type: GgmlType
     shape: tuple[int, int]
     tiles: Tensor  # u8 [strips, depth, tile bytes]
     plan: LinearPlan
+    count: int = 1
 
     def __post_init__(self) -> None:
-        expected = (*tile_grid(self.type, self.shape), tile_bytes(self.type))
+        strips, depth = tile_grid(self.type, self.shape)
+        expected = (strips * self.count, depth, tile_bytes(self.type))
         if tuple(self.tiles.shape) != expected or self.tiles.dtype != torch.uint8:
             raise ValueError(
                 f"tiles of {self.type.name} {self.shape} must be u8 {expected}, "
@@ -46,12 +48,14 @@ class TiledMatrix:
             raise ValueError("tiles must be contiguous and aligned to 16 bytes")
         if (self.plan.type, self.plan.shape) != (self.type, self.shape):
             raise ValueError(f"a plan of {self.plan.type.name} {self.plan.shape} for {self.type.name} {self.shape}")
+        if self.count > 1 and self.shape[0] % TILE_ROWS:
+            raise ValueError(f"{self.count} matrices of {self.shape[0]} rows: a multiple of {TILE_ROWS} is needed")
         if not 1 <= self.plan.slices <= expected[1]:
             raise ValueError(f"{self.plan.slices} slices of a matrix with {expected[1]} tiles along K")
 
 
-def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> TiledMatrix:
-    return TiledMatrix(type, shape, tiles, plan_linear(*shape, type))
+def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> TiledMatrix:
+    return TiledMatrix(type, shape, tiles, plan_linear(*shape, type), count)
 
 
 class Linear:
@@ -120,7 +124,7 @@ class Linear:
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(type: GgmlType, variant: Variant) -> tuple[Source, str]:
+def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[Source, str]:
     """The source of a variant for a format, and the name of its function."""
     if isinstance(variant, ManyTokens):
         consumer, producer = REGISTERS[variant.warpgroups]
@@ -142,6 +146,7 @@ def kernel_of(type: GgmlType, variant: Variant) -> tuple[Source, str]:
         DEPTH=variant.depth,
         CTAS=variant.ctas,
         EARLY=int(variant.early),
+        GROUPED=int(grouped),
     )
     return Source("linear", "qmm.cu", options), "qmm"
 
@@ -155,7 +160,7 @@ def check_equal_bits(linear: Linear, ops: Ops, device: torch.device) -> None:
     matrix = tiled(numbers.bfloat16().view(torch.uint8), kind, shape)
 
     def product(rows: Tensor) -> Tensor:
-        return ops.total([(linear(ops.to_image(rows), len(rows), matrix), None)])
+        return ops.total([Part(linear(ops.to_image(rows), len(rows), matrix))])
 
     many = product(x)
     for start in (0, 8, 25):

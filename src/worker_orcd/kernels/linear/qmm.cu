@@ -5,6 +5,8 @@
 // with EARLY also expanded, before the previous kernel has ended: weights do not depend on it.
 // grid (CTAs that share the strips, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
 // CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
+// With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS rows of x
+// the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
 #include "async.cuh"
 #include "weight.cuh"
 
@@ -33,7 +35,11 @@ DEVICE void load_x(u32 to, const char* from, int pieces, int T8, u32 barrier) {
 
 // w: tiles [strips][nk]; x: image [nk STAGES_X][T8][8 tokens][8 units of 16 bytes, unit ^ token]; y: [slices][T][N]
 extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
-qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8) {
+qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8
+#if GROUPED
+    , const int* __restrict__ owners
+#endif
+) {
   extern __shared__ __align__(1024) char shared[];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be warp-uniform
   const int S = gridDim.y, slice = blockIdx.y, z = blockIdx.z;
@@ -43,6 +49,12 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
   const int total = strip < strips ? (strips - strip + step - 1) / step * nt : 0;  // tiles of this warp
 
   const u64 strip_bytes = (u64)nk * Weight::TILE_BYTES;
+#if GROUPED
+  start_next_kernel();
+  await_previous_kernel();
+  if (owners[z] < 0) return;
+  w += owners[z] * strips * strip_bytes;
+#endif
   const char* src = w + strip * strip_bytes + (u64)k0 * Weight::TILE_BYTES;
   int fetched = 0;
   auto fetch = [&](Weight& r) {
@@ -54,7 +66,9 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 #pragma unroll
   for (int i = 0; i < DEPTH; i++)
     if (i < total) fetch(r[i]);
+#if !GROUPED
   start_next_kernel();
+#endif
 #if EARLY
   u32 first_even[CHUNKS * 4][4], first_odd[CHUNKS * 4][4];
   if (total) {
@@ -75,7 +89,9 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
   }
   __syncthreads();
 #endif
+#if !GROUPED
   await_previous_kernel();
+#endif
   load_x(xs, x + ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES, pieces, T8, barrier);
 
   float acc[GROUPS][4];

@@ -5,7 +5,8 @@
 // Outputs of one matrix for rows t < T: the sum over `count` slices [count][T][width] in their order, plus the bias.
 struct Part {
   const float* slices;
-  const float* bias;  // or null
+  const float* bias;   // or null
+  const int* experts;  // null, or for each row the expert whose bias it takes: bias [experts][width]
   int width, count;
 };
 struct Sums {
@@ -17,13 +18,16 @@ struct Norm {
   float eps;
 };
 
+DEVICE const float* bias_of(const Part& p, int t) {
+  return p.experts ? p.bias + (u64)p.experts[t] * p.width : p.bias;
+}
 DEVICE float sum_at(const Part& p, int T, int t, int n) {
   const float* from = p.slices + (u64)t * p.width + n;
   const u64 stride = (u64)T * p.width;
   float v = 0.f;
 #pragma unroll 4
   for (int s = 0; s < p.count; s++) v = __fadd_rn(v, from[s * stride]);
-  return p.bias ? __fadd_rn(v, p.bias[n]) : v;
+  return p.bias ? __fadd_rn(v, bias_of(p, t)[n]) : v;
 }
 DEVICE float sum_at(const Sums& sums, int T, int t, int n) {  // column n of all parts
   if (n < sums.part[0].width) return sum_at(sums.part[0], T, t, n);
@@ -41,7 +45,7 @@ DEVICE float4 sum4_at(const Part& p, int T, int t, int n) {  // columns n to n +
     v = make_float4(__fadd_rn(v.x, a.x), __fadd_rn(v.y, a.y), __fadd_rn(v.z, a.z), __fadd_rn(v.w, a.w));
   }
   if (!p.bias) return v;
-  const float4 b = *(const float4*)(p.bias + n);
+  const float4 b = *(const float4*)(bias_of(p, t) + n);
   return make_float4(__fadd_rn(v.x, b.x), __fadd_rn(v.y, b.y), __fadd_rn(v.z, b.z), __fadd_rn(v.w, b.w));
 }
 

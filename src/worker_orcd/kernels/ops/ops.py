@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +24,23 @@ NORM_THREADS, ROW_THREADS, HEADS_PER_BLOCK = 512, 64, 4  # of rows.cu
 WIDEST_NORM = 2**16
 KV_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 17}
 
-Part = tuple[Tensor, Tensor | None]  # slices, bias
 Norm = tuple[Tensor, Tensor | None, float]  # weight, bias, eps
+Activation = Literal["silu", "gelu", "gelu_tanh", "clamped"]
+
+
+class Part(NamedTuple):
+    """Outputs of one matrix: slices f32 [S, T, N], to be added in order, and then the bias."""
+
+    slices: Tensor
+    bias: Tensor | None = None  # f32 [N], or [E N] with `experts`
+    experts: Tensor | None = None  # i32 [T]: whose bias each row takes; negative: the row is padding
 
 
 class _Part(ctypes.Structure):
     _fields_ = (
         ("slices", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
         ("width", ctypes.c_int),
         ("count", ctypes.c_int),
     )
@@ -65,7 +75,7 @@ class Ops:
             raise ValueError(f"rows of {width} numbers: a multiple of 4 up to {WIDEST_NORM} is needed")
         image = None if norm is None else self._image(num_rows, width)
         groups = 0 if image is None else image.shape[1]
-        args: list[Argument] = [x, self._part(y, num_rows, width), self._norm(after, width), float(factor)]
+        args: list[Argument] = [x, self.part(y, num_rows, width), self._norm(after, width), float(factor)]
         args += [self._norm(norm, width), image, num_rows, groups]
         source = Source("ops", "rows.cu", defined(WIDTH=width))
         self._gpu.launch(source, "add_norm", Work((num_rows, 1, 1), NORM_THREADS), args)
@@ -87,23 +97,26 @@ class Ops:
                 raise ValueError(f"a cache {side.dtype} {tuple(side.shape)} for {num_kv_heads} heads of {dim}")
             self._gpu.require(side, dtype=side.dtype)
         q = torch.empty(num_rows, num_heads, dim, device=self._gpu.device)
-        args: list[Argument] = [self._sums(qkv, num_rows, (num_heads + 2 * num_kv_heads) * dim)]
+        args: list[Argument] = [self.sums(qkv, num_rows, (num_heads + 2 * num_kv_heads) * dim)]
         args += [*(self._norm(norm, dim) for norm in norms), q, *cache, *table, *at]
         args += [num_rows, num_heads, num_kv_heads, half]
         options = defined(DIM=dim, KV_BITS=KV_BITS[cache[0].dtype], INTERLEAVED=int(interleaved))
         blocks = -(-(num_heads + 2 * num_kv_heads) // HEADS_PER_BLOCK)
-        self._rows(Source("ops", "rows.cu", options), "rope_store", blocks, num_rows, HEADS_PER_BLOCK * 32, args)
+        self.rows(Source("ops", "rows.cu", options), "rope_store", blocks, num_rows, HEADS_PER_BLOCK * 32, args)
         return q
 
-    def activate(self, gate_up: Sequence[Part], width: int) -> Tensor:
-        """The image of silu(gate) · up; gate is the first `width` columns of the sums, up the second."""
-        num_rows = gate_up[0][0].shape[1]
-        if width % 4 or (len(gate_up) == 2 and gate_up[0][0].shape[2] != width):
-            raise ValueError(f"gate and up of {width} numbers in parts of {[p[0].shape[2] for p in gate_up]}")
+    def activate(
+        self, gate_up: Sequence[Part], width: int, kind: Activation = "silu", is_gated: bool = True
+    ) -> Tensor:
+        """The image of act(gate) · up, the first and the second `width` columns; not gated: of act(up)."""
+        num_rows = gate_up[0].slices.shape[1]
+        if width % 4 or (len(gate_up) == 2 and gate_up[0].slices.shape[2] != width):
+            raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in gate_up]}")
         image = self._image(num_rows, width)
-        args: list[Argument] = [self._sums(gate_up, num_rows, 2 * width), image, width, num_rows, image.shape[1]]
-        self._rows(Source("ops", "rows.cu", defined(ACTIVATION=1)), "activate", -(-width // 256), num_rows,
-                   ROW_THREADS, args)  # fmt: skip
+        sums = self.sums(gate_up, num_rows, (1 + is_gated) * width)
+        source = Source("ops", "rows.cu", defined(ACTIVATION=kind.upper(), GATED=int(is_gated)))
+        args: list[Argument] = [sums, image, width, num_rows, image.shape[1]]
+        self.rows(source, "activate", -(-width // 256), num_rows, ROW_THREADS, args)
         return image
 
     def to_image(self, x: Tensor) -> Tensor:
@@ -111,21 +124,19 @@ class Ops:
         num_rows, width = x.shape
         self._gpu.require(x)
         image = self._image(num_rows, width)
-        self._rows(PLAIN, "to_image", -(-width // 256), num_rows, ROW_THREADS, [x, image, width, image.shape[1]])
+        self.rows(PLAIN, "to_image", -(-width // 256), num_rows, ROW_THREADS, [x, image, width, image.shape[1]])
         return image
 
     def total(self, sums: Sequence[Part]) -> Tensor:
         """The sums added up: f32 [T, N]."""
-        num_rows, width = sums[0][0].shape[1], sum(part.shape[2] for part, _ in sums)
+        num_rows, width = sums[0].slices.shape[1], sum(part.slices.shape[2] for part in sums)
         y = torch.empty(num_rows, width, device=self._gpu.device)
-        self._rows(
-            PLAIN, "total", -(-width // 256), num_rows, 256, [self._sums(sums, num_rows, width), y, num_rows, width]
+        self.rows(
+            PLAIN, "total", -(-width // 256), num_rows, 256, [self.sums(sums, num_rows, width), y, num_rows, width]
         )
         return y
 
-    def _rows(
-        self, source: Source, name: str, blocks: int, num_rows: int, threads: int, args: list[Argument]
-    ) -> None:
+    def rows(self, source: Source, name: str, blocks: int, num_rows: int, threads: int, args: list[Argument]) -> None:
         if num_rows > MAX_GRID_Y:
             raise ValueError(f"{num_rows} rows in a step; at most {MAX_GRID_Y} are possible")
         self._gpu.launch(source, name, Work((blocks, num_rows, 1), threads), args)
@@ -133,26 +144,31 @@ class Ops:
     def _image(self, num_rows: int, width: int) -> Tensor:
         return torch.empty(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
 
-    def _sums(self, parts: Sequence[Part], num_rows: int, width: int) -> _Sums:
-        if not 0 < len(parts) <= MAX_PARTS or sum(slices.shape[2] for slices, _ in parts) != width:
-            raise ValueError(f"{width} columns are needed, not parts of {[part[0].shape[2] for part in parts]}")
+    def sums(self, parts: Sequence[Part], num_rows: int, width: int) -> ctypes.Structure:
+        if not 0 < len(parts) <= MAX_PARTS or sum(part.slices.shape[2] for part in parts) != width:
+            raise ValueError(f"{width} columns are needed, not parts of {[part.slices.shape[2] for part in parts]}")
         found = _Sums()
         for i, part in enumerate(parts):
-            found.part[i] = self._part(part, num_rows, part[0].shape[2])
+            found.part[i] = self.part(part, num_rows, part.slices.shape[2])
         return found
 
-    def _part(self, part: Part | None, num_rows: int, width: int) -> _Part:
+    def part(self, part: Part | None, num_rows: int, width: int) -> ctypes.Structure:
         if part is None:
             return _Part()
-        slices, bias = part
+        slices, bias, experts = part
         self._gpu.require(slices)
         if slices.shape[1:] != (num_rows, width):
             raise ValueError(f"sums {tuple(slices.shape)} are not [S, {num_rows}, {width}]")
         if bias is not None:
             self._gpu.require(bias)
-            if bias.shape != (width,):
+            if bias.ndim != 1 or (bias.shape[0] != width if experts is None else bias.shape[0] % width):
                 raise ValueError(f"the bias must be float32 [{width}], not {tuple(bias.shape)}")
-        return _Part(slices.data_ptr(), None if bias is None else bias.data_ptr(), width, len(slices))
+        if experts is not None:
+            self._gpu.require(experts, dtype=torch.int32)
+            if experts.shape != (num_rows,):
+                raise ValueError(f"{tuple(experts.shape)} experts for {num_rows} rows")
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in part)
+        return _Part(*pointers, width, len(slices))
 
     def _norm(self, norm: Norm | None, width: int) -> _Norm:
         if norm is None:

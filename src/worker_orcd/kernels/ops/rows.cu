@@ -159,22 +159,149 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
 #endif
 
 #ifdef ACTIVATION  // ---- activation: image = act(gate) up for columns f and F + f. grid (ceil(F / 256), T), 64 threads
-DEVICE float act(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+#define SILU 0
+#define GELU 1
+#define GELU_TANH 2
+#define CLAMPED 3  // of GPT-OSS, arXiv:2508.10925
+DEVICE float act(float x) {
+#if ACTIVATION == SILU
+  return x / (1.f + expf(-x));
+#elif ACTIVATION == GELU
+  return 0.5f * x * (1.f + erff(x * 0.70710678118654752f));
+#else
+  return x / (1.f + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+#endif
+}
+DEVICE float gated(float gate, float up) {
+#if ACTIVATION == CLAMPED
+  gate = gate > 7.f ? 7.f : gate;  // a NaN stays one
+  up = up > 7.f ? 7.f : up < -7.f ? -7.f : up;
+  return gate / (1.f + expf(-1.702f * gate)) * (up + 1.f);
+#else
+  return act(gate) * up;
+#endif
+}
 
+// Rows whose `experts` entry is negative are padding, and left as they are.
 extern "C" __global__ void __launch_bounds__(64)
 activate(const __grid_constant__ Sums sums, u32* __restrict__ image, int F, int T, int T8) {
   start_next_kernel();
   await_previous_kernel();
   const int f = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
+  const Part& whole = sums.part[0];
+  if (whole.experts && whole.experts[t] < 0) return;
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
   if (f < F) {
-    const Part& whole = sums.part[0];
-    const bool is_joined = whole.width > F;
-    const float4 gate = sum4_at(whole, T, t, f);
-    const float4 up = is_joined ? sum4_at(whole, T, t, F + f) : sum4_at(sums.part[1], T, t, f);
-    v = make_float4(act(gate.x, up.x), act(gate.y, up.y), act(gate.z, up.z), act(gate.w, up.w));
+    v = sum4_at(whole, T, t, f);
+#if GATED
+    const float4 up = whole.width > F ? sum4_at(whole, T, t, F + f) : sum4_at(sums.part[1], T, t, f);
+    v = make_float4(gated(v.x, up.x), gated(v.y, up.y), gated(v.z, up.z), gated(v.w, up.w));
+#else
+    v = make_float4(act(v.x), act(v.y), act(v.z), act(v.w));
+#endif
   }
   store4(image, T8, t, f, v);
+}
+#endif
+
+#ifdef EXPERTS  // ---- mixture of EXPERTS experts, of which a row takes USED
+// Each row's best experts by score, equal ones by index, and their weights: softmax over the chosen or over all.
+// grid (T), 32 threads
+extern "C" __global__ void __launch_bounds__(32)
+route(const __grid_constant__ Sums scores, int* __restrict__ chosen, float* __restrict__ weights, int T, int over_chosen) {
+  start_next_kernel();
+  await_previous_kernel();
+  constexpr int OWN = (EXPERTS + 31) / 32;
+  const int lane = threadIdx.x, t = blockIdx.x;
+  const float lowest = __int_as_float(0xff800000);
+  float own[OWN], best[USED];
+  bool taken[OWN];
+  for (int i = 0; i < OWN; i++) {
+    own[i] = i * 32 + lane < EXPERTS ? sum_at(scores, T, t, i * 32 + lane) : lowest;
+    taken[i] = i * 32 + lane >= EXPERTS;
+  }
+  for (int slot = 0; slot < USED; slot++) {
+    float top = lowest;
+    int at = EXPERTS;  // nothing found: all that is left is NaN
+    for (int i = OWN - 1; i >= 0; i--)
+      if (!taken[i] && (at == EXPERTS || !(own[i] < top))) top = own[i], at = i * 32 + lane;
+    for (int step = 16; step; step >>= 1) {
+      const float other = __shfl_xor_sync(~0u, top, step);
+      const int other_at = __shfl_xor_sync(~0u, at, step);
+      const bool better = at == EXPERTS || other > top || (!(other < top) && other_at < at);
+      if (other_at < EXPERTS && better) top = other, at = other_at;
+    }
+    at = __shfl_sync(~0u, at, 0), top = __shfl_sync(~0u, top, 0);
+    best[slot] = top;
+    if (lane == (at & 31)) taken[at >> 5] = true;
+    if (lane == 0) chosen[t * USED + slot] = at;
+  }
+  float total = 0.f;
+  if (over_chosen) {
+    for (int slot = 0; slot < USED; slot++) total += expf(best[slot] - best[0]);
+  } else {
+    for (int i = 0; i < OWN; i++) total += i * 32 + lane < EXPERTS ? expf(own[i] - best[0]) : 0.f;
+    for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
+  }
+  if (lane == 0)
+    for (int slot = 0; slot < USED; slot++) weights[t * USED + slot] = expf(best[slot] - best[0]) / total;
+}
+
+// Places for the pairs (row, slot), expert by expert, each expert's from a multiple of `unit`. owners: for each unit
+// its expert or -1; experts: the same for each place, -1 where nobody is. grid (1), 1024 threads
+extern "C" __global__ void __launch_bounds__(1024)
+arrange(const int* __restrict__ chosen, int* __restrict__ places, int* __restrict__ experts, int* __restrict__ owners,
+        int pairs, int units, int unit) {
+  start_next_kernel();
+  await_previous_kernel();
+  __shared__ int count[EXPERTS], first[EXPERTS];
+  for (int e = threadIdx.x; e < EXPERTS; e += 1024) count[e] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < pairs; i += 1024) atomicAdd(&count[chosen[i]], 1);
+  for (int i = threadIdx.x; i < units * unit; i += 1024) experts[i] = -1;
+  for (int i = threadIdx.x; i < units; i += 1024) owners[i] = -1;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int e = 0, at = 0; e < EXPERTS; e++) {
+      first[e] = at * unit;
+      for (int left = count[e]; left > 0; left -= unit) owners[at++] = e;
+      count[e] = 0;
+    }
+  __syncthreads();
+  for (int i = threadIdx.x; i < pairs; i += 1024) {
+    const int e = chosen[i], place = first[e] + atomicAdd(&count[e], 1);
+    places[i] = place, experts[place] = e;
+  }
+}
+
+// Copy each row's image to the places of its pairs, 16 bytes a thread. grid (ceil(units of a row / 64), pairs)
+extern "C" __global__ void __launch_bounds__(64)
+spread(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8, int P8) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int i = blockIdx.x * 64 + threadIdx.x, t = blockIdx.y / USED, p = places[blockIdx.y];
+  if (i >= units) return;
+  const u64 piece = i >> 3, u = i & 7;
+  to[((piece * P8 + (p >> 3)) * 8 + (p & 7)) * 8 + (u ^ (p & 7))] =
+      from[((piece * T8 + (t >> 3)) * 8 + (t & 7)) * 8 + (u ^ (t & 7))];
+}
+
+// y[t][n] = sum over slots, in order, of weight times what the expert gave. grid (ceil(N / 256), T), 64 threads
+extern "C" __global__ void __launch_bounds__(64)
+combine(const __grid_constant__ Part given, const int* __restrict__ places, const float* __restrict__ weights,
+        float* __restrict__ y, int P) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int n = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
+  if (n >= given.width) return;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int slot = 0; slot < USED; slot++) {
+    const float4 v = sum4_at(given, P, places[t * USED + slot], n);
+    const float w = weights[t * USED + slot];
+    sum = make_float4(__fadd_rn(sum.x, __fmul_rn(w, v.x)), __fadd_rn(sum.y, __fmul_rn(w, v.y)),
+                      __fadd_rn(sum.z, __fmul_rn(w, v.z)), __fadd_rn(sum.w, __fmul_rn(w, v.w)));
+  }
+  *(float4*)(y + (u64)t * given.width + n) = sum;
 }
 #endif
 

@@ -1,0 +1,117 @@
+"""A mixture of experts: near the reference, a row the same bits in any company, however rows are spread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.weights import dequantized, random_raw
+from worker_orcd.backends.base import Backend, Experts, Operand, PackedWeight, Part, SharedExpert
+from worker_orcd.backends.cuda import CudaBackend
+from worker_orcd.backends.torch_ref import TorchBackend
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.ops import ops
+from worker_orcd.kernels.ops.experts import MAX_EXPERTS, ExpertOps, unit_rows
+from worker_orcd.kernels.ops.ops import Ops
+
+F32 = GgmlType.F32
+
+
+def random(gpu: Gpu, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + shape[-1])).to(gpu.device)
+
+
+def expected_choice(scores: Tensor, used: int, over_chosen: bool) -> tuple[Tensor, Tensor]:
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :used]
+    over = scores.gather(1, order) if over_chosen else scores
+    return order, (scores.gather(1, order) - over.logsumexp(1, keepdim=True)).exp()
+
+
+@pytest.mark.parametrize(("num_experts", "used", "num_rows"), [(4, 1, 3), (32, 4, 9), (60, 4, 40), (200, 8, 5)])
+@pytest.mark.parametrize("over_chosen", [False, True])
+def test_route(num_experts: int, used: int, num_rows: int, over_chosen: bool, gpu: Gpu) -> None:
+    scores = random(gpu, num_rows, num_experts)
+    scores[0, 1] = scores[0].max()
+    scores[0, 3] = scores[0, 1]  # equal: the lower index goes first
+    routing = ExpertOps(gpu, Ops(gpu)).route([ops.Part(scores[None])], num_experts, used, over_chosen)
+    order, weights = expected_choice(scores, used, over_chosen)
+    assert torch.equal(routing.experts.long()[routing.places.long()].view(num_rows, used), order)
+    torch.testing.assert_close(routing.weights, weights)
+    places = routing.places.tolist()
+    assert len(set(places)) == num_rows * used
+    owners, experts = routing.owners.tolist(), routing.experts.tolist()
+    for place, expert in enumerate(experts):
+        assert expert == (owners[place // routing.unit] if place in places else -1)
+    assert sum(owner >= 0 for owner in owners) == sum(
+        -(-int(n) // routing.unit) for n in order.flatten().bincount() if n
+    )
+
+
+def test_a_row_of_no_numbers_gets_experts_all_the_same(gpu: Gpu) -> None:
+    scores = random(gpu, 3, 8)
+    scores[1] = torch.nan
+    routing = ExpertOps(gpu, Ops(gpu)).route([ops.Part(scores[None])], 8, 4, True)
+    chosen = routing.experts[routing.places.long()].view(3, 4)
+    assert len(set(chosen[1].tolist())) == 4
+    assert not routing.weights[1].isfinite().any()
+    assert routing.weights[[0, 2]].isfinite().all()
+
+
+def packed(backend: Backend, kind: GgmlType, n: int, k: int) -> PackedWeight:
+    """A matrix of the values that `kind` gives, whatever the backend makes of it."""
+    raw = random_raw(kind, n, k, str(backend.device), seed=n)
+    if isinstance(backend, TorchBackend):
+        values = dequantized(kind, raw, n, k).float()
+        return backend.pack(values.contiguous().view(torch.uint8).flatten(), F32, (n, k))
+    return backend.pack(raw, kind, (n, k))
+
+
+def experts_of(backend: Backend, kind: GgmlType, is_shared: bool) -> Experts:
+    count, k, f = 8, 256, 96 if kind.block_elems == 32 else 256
+    gpu = backend._gpu if hasattr(backend, "_gpu") else backend
+    bias = [random(gpu, count * n, seed=i) for i, n in enumerate((f, f, k))]  # type: ignore[arg-type]
+    shared = SharedExpert(
+        ((packed(backend, F32, 1, k), None),),
+        ((packed(backend, F32, f, k), None), (packed(backend, F32, f, k), None)),
+        ((packed(backend, F32, k, f), None),),
+    )
+    return Experts(
+        count, 3, True, ((packed(backend, F32, count, k), None),),
+        ((packed(backend, kind, count * f, k), bias[0]), (packed(backend, kind, count * f, k), bias[1])),
+        ((packed(backend, kind, count * k, f), bias[2]),),
+        "silu" if is_shared else "clamped", shared if is_shared else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [GgmlType.MXFP4, GgmlType.Q4_K, GgmlType.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_experts(kind: GgmlType, is_shared: bool, gpu: Gpu) -> None:
+    backend, reference = CudaBackend(gpu.device, gpu), TorchBackend(gpu.device)
+    experts, truth = experts_of(backend, kind, is_shared), experts_of(reference, kind, is_shared)
+    x = random(gpu, 70 if gpu.device.type == "cuda" else 30, 256)
+
+    def found(rows: Tensor) -> Tensor:
+        image = Operand(backend._ops.to_image(rows), *rows.shape)
+        (part,) = backend.experts(image, experts)
+        return backend.total((Part(part.slices.contiguous(), None),))
+
+    whole = found(x)
+    expected = reference.total(reference.experts(Operand(x.bfloat16().float(), *x.shape), truth))
+    assert ((whole - expected).norm() / expected.norm()).item() < 6e-3
+    for rows in ([0], [5, 3], list(range(4, 21))):
+        assert torch.equal(found(x[rows]), whole[rows]), rows
+
+
+def test_units_hold_about_what_an_expert_has() -> None:
+    assert [unit_rows(pairs, 32) for pairs in (4, 256, 257, 513, 4096)] == [8, 8, 16, 32, 32]
+
+
+def test_what_does_not_match_is_refused_before_a_launch(gpu: Gpu) -> None:
+    experts, scores = ExpertOps(gpu, Ops(gpu)), [ops.Part(random(gpu, 1, 2, 8))]
+    for count, used in ((8, 9), (8, 0), (MAX_EXPERTS + 1, 2)):
+        with pytest.raises(ValueError, match="are possible"):
+            experts.route(scores, count, used, True)
+    with pytest.raises(ValueError, match="columns are needed"):
+        experts.route(scores, 7, 2, True)
