@@ -12,7 +12,6 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +21,11 @@ from results import add_out, finish
 
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.linear import source
-from worker_orcd.kernels.linear.linear import Linear, TiledMatrix
+from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, kernel_of
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear
-from worker_orcd.kernels.nvrtc import cubin, nvrtc_version
+from worker_orcd.kernels.nvrtc import nvrtc_version
+from worker_orcd.kernels.ops.ops import Ops, Part
 from worker_orcd.quant.repack import pack
 
 G = GgmlType
@@ -54,8 +54,9 @@ REPEATS = 5
 class Bench:
     """One shape with as many copies of the weights as the cache cannot hold."""
 
-    def __init__(self, linear: Linear, kind: GgmlType, n: int, k: int, slices: int | None) -> None:
-        self.linear, self.bytes, self.flops = linear, n * kind.row_bytes(k), 2 * n * k
+    def __init__(self, gpu: Gpu, kind: GgmlType, n: int, k: int, slices: int | None) -> None:
+        self.gpu, self.linear, self.ops = gpu, Linear(gpu), Ops(gpu)
+        self.bytes, self.flops = n * kind.row_bytes(k), 2 * n * k
         rows = min(n, 2048)
         tiles = pack(random_raw(kind, rows, k), kind, (rows, k))
         copies = max(1, min(64, int(ROTATED_BYTES / self.bytes)))
@@ -72,22 +73,26 @@ class Bench:
     ) -> float:
         first = matrices[0]
         x = torch.randn(num_tokens, first.shape[1], device="cuda")
-        image = self.linear.image(x, first, variant.groups)
+        image = self.ops.to_image(x)
         part = torch.empty(
             1 if first.plan.is_whole(variant) else first.plan.slices, num_tokens, first.shape[0], device="cuda"
         )
-        y = torch.empty(num_tokens, first.shape[0], device="cuda")
 
         def launch(number: int) -> None:
             self.linear.multiply(image, matrices[number % len(matrices)], variant, part)
             if and_sum and len(part) > 1:
-                self.linear._sum(part, None, y)
+                self.ops.total([Part(part)])
 
         return graph_us(launch, len(matrices))
 
     def whole_us(self, num_tokens: int) -> float:
         x = torch.randn(num_tokens, self.matrices[0].shape[1], device="cuda")
-        return graph_us(lambda i: self.linear(x, self.matrices[i % len(self.matrices)]), len(self.matrices))
+
+        def launch(number: int) -> None:
+            matrix = self.matrices[number % len(self.matrices)]
+            self.ops.total([Part(self.linear(self.ops.to_image(x), num_tokens, matrix))])
+
+        return graph_us(launch, len(self.matrices))
 
 
 def random_raw(kind: GgmlType, n: int, k: int) -> torch.Tensor:
@@ -161,8 +166,8 @@ def sweep(bench: Bench, num_tokens: int, floor_us: float) -> None:
     tried = {first.plan.slices, *((1, 2, 3, 4, 6, 7, 8, 16) if num_tokens == 1 else ())}
     options = sorted(s for s in tried if s <= first.tiles.shape[1])
     found: list[tuple[float, int, Variant]] = []
-    with ThreadPoolExecutor() as pool:  # compile ahead; NVRTC lets go of the interpreter
-        list(pool.map(lambda v: _try(lambda: precompile(bench.linear, first.type, v)), candidates(num_tokens)))
+    for variant in candidates(num_tokens):
+        bench.gpu.compile_ahead(kernel_of(first.type, variant)[0])
     for slices in options:
         matrices = bench.with_slices(slices)
         for variant in candidates(num_tokens):
@@ -176,11 +181,6 @@ def sweep(bench: Bench, num_tokens: int, floor_us: float) -> None:
     for slices in options:
         for us, _, variant in sorted((f for f in found if f[1] == slices), key=lambda f: f[0])[:2]:
             print(f"    S={slices} {us:8.2f} us {100 * floor_us / us:4.0f} %  {variant}", flush=True)
-
-
-def precompile(linear: Linear, kind: GgmlType, variant: Variant) -> bytes:
-    _, text, headers = source.kernel_text(variant)
-    return cubin(text, headers, source.options(kind, variant), linear._arch)
 
 
 def _try(measure: Callable[[], Any]) -> Any:
@@ -199,21 +199,21 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try many variants and slices, and print the best")
     add_out(parser)
     args = parser.parse_args()
-    linear, copy = Linear(torch.device("cuda", 0)), copy_gbps()
+    gpu, copy = Gpu(torch.device("cuda", 0)), copy_gbps()
     numbers: dict[str, Any] = {"copy_gb_per_s": round(copy)}
     for name in args.shapes.split(","):
         for kind, n, k in SHAPES[name]:
             if args.only not in f"{kind.name} {n}x{k}":
                 continue
             torch.cuda.empty_cache()  # pieces of freed copies were up to a third slower to read
-            bench = Bench(linear, kind, n, k, args.slices)
+            bench = Bench(gpu, kind, n, k, args.slices)
             floor_us = bench.bytes / copy / 1e3
             rows = numbers[f"{kind.name} {n}x{k}"] = {}
             print(f"{kind.name} {n}x{k} floor {floor_us:.2f} us, slices {bench.matrices[0].plan.slices}", flush=True)
             for num_tokens in map(int, args.tokens.split(",")):
                 if num_tokens * n > 2**28:
                     continue
-                variant = linear.variant(num_tokens, bench.matrices[0])
+                variant = bench.matrices[0].plan.variant(num_tokens, gpu.card)
                 us = bench.matmul_us(num_tokens, variant, bench.matrices)
                 whole = bench.whole_us(num_tokens)
                 rows[f"T={num_tokens}"] = {

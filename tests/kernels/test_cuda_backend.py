@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from tests.kernels.conftest import NO_GPU
 from tests.kernels.weights import random_raw
 from worker_orcd.assemble import embedded_model
 from worker_orcd.backends.base import Backend, Operand, PackedWeight
@@ -25,7 +26,7 @@ from worker_orcd.models.llama import LlamaInferenceAdapter
 from worker_orcd.models.spec import read_spec
 from worker_orcd.models.tensors import tensor_table
 from worker_orcd.models.weights import load_weights
-from worker_orcd.quant.format import FORMATS
+from worker_orcd.quant.format import FORMATS, format_of
 from worker_orcd.quant.tiles import packed_bytes
 
 CONTEXT = 512
@@ -71,21 +72,34 @@ def test_tiny_models(name: str, backend: Backend, tmp_path: Path) -> None:
     assert found < 1e-3  # of random weights: 1e-4 to 3e-4
 
 
-def test_the_haiku_model(backend: Backend) -> None:
+@pytest.mark.gpu
+@NO_GPU
+def test_the_haiku_model() -> None:
+    backend = CudaBackend(torch.device("cuda", 0))
     found = check_model(embedded_model(), [40 + 131 * i % 2900 for i in range(300)], backend)
     print(f"haiku KL {found:.2e}")
     assert found < 3e-4
 
 
+def test_a_model_with_heads_for_the_tensor_cores(backend: Backend, tmp_path: Path) -> None:
+    """The attention kernel writes what the next product reads; interpreted, its bits follow the shape of a tile."""
+    path, ids = tiny.build("qwen3", head_dim=32).write(tmp_path / "tiny.gguf"), [7 * i % 321 for i in range(20)]
+    truth = score(runtime_on(path, TorchBackend(backend.device)), ids, 20)
+    for chunk in (20, 9):
+        assert divergence(score(runtime_on(path, backend), ids, chunk), truth) < 1e-3
+
+
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_embedding_is_the_reference_bit_for_bit(kind: GgmlType, backend: Backend) -> None:
-    raw = random_raw(kind, 99, 512, str(backend.device))
-    tokens = torch.tensor([98, 0, 17, 17], device=backend.device)
-    packed = backend.pack(raw.clone(), kind, (99, 512))
-    assert packed.nbytes == packed_bytes(kind, (99, 512))
-    reference = TorchBackend(backend.device)
-    expected = reference.embed(tokens, reference.pack(raw, kind, (99, 512)))
-    assert torch.equal(backend.embed(tokens, packed), expected)
+    widths = (256, 512) if kind.block_elems == 256 else (32, 416)
+    for k in widths:
+        raw, tokens = random_raw(kind, 37, k, str(backend.device)), [36, 0, 15, 16, 16, 7]
+        weight = backend.pack(raw.clone(), kind, (37, k))
+        assert weight.nbytes == packed_bytes(kind, (37, k))
+        found = backend.embed(torch.tensor(tokens, device=backend.device), weight)
+        expected = format_of(kind).dequantize(raw.view(-1, kind.block_bytes)).view(37, k)[tokens]
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+        assert backend.embed(torch.tensor([], dtype=torch.int64, device=backend.device), weight).shape == (0, k)
 
 
 def packed(backend: Backend, kind: GgmlType, n: int, k: int) -> PackedWeight:

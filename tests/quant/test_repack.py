@@ -7,8 +7,8 @@ import torch
 
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.quant.format import FORMATS, format_of
-from worker_orcd.quant.repack import SCALE_PLACES, check_scales, gather_rows, pack, unpack
+from worker_orcd.quant.format import FORMATS
+from worker_orcd.quant.repack import SCALE_PLACES, check_scales, pack, unpack
 from worker_orcd.quant.repack_bits import bit_sources
 from worker_orcd.quant.tiles import TILE_K, packed_bytes, tile_bytes
 from worker_orcd.quant.types import RUNNABLE
@@ -52,28 +52,6 @@ def test_a_matrix_of_many_pieces(kind: GgmlType, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("worker_orcd.quant.repack.PIECE_BYTES", 3 * whole[0].nbytes)
     assert torch.equal(pack(raw, kind, (120, 512)), whole)
     assert torch.equal(unpack(whole, kind, (120, 512)), raw)
-
-
-@FORMAT_NAMES
-def test_rows_are_read_as_the_format_defines_them(kind: GgmlType) -> None:
-    for k in widths(kind):
-        raw = random_raw(kind, 37, k)
-        expected = format_of(kind).dequantize(raw.view(-1, kind.block_bytes)).view(37, k)
-        rows = torch.tensor([36, 0, 15, 16, 16, 7])
-        found = gather_rows(pack(raw, kind, (37, k)), kind, k, rows)
-        assert found.shape == (6, k)
-        number = ~expected[rows].isnan()  # a NaN may change its payload
-        assert torch.equal(found.isnan(), ~number)
-        assert torch.equal(found.view(torch.int32)[number], expected[rows].view(torch.int32)[number])
-    assert gather_rows(pack(raw, kind, (37, k)), kind, k, rows[:0]).shape == (0, k)
-
-
-def test_more_rows_than_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = pack(random_raw(GgmlType.Q8_0, 37, 96), GgmlType.Q8_0, (37, 96))
-    rows = torch.arange(37).flip(0)
-    whole = gather_rows(tiles, GgmlType.Q8_0, 96, rows)
-    monkeypatch.setattr("worker_orcd.quant.repack.GATHERED_ROWS", 5)
-    assert torch.equal(gather_rows(tiles, GgmlType.Q8_0, 96, rows).nan_to_num(), whole.nan_to_num())
 
 
 def word(tiles: torch.Tensor, byte: int) -> int:

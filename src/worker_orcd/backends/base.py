@@ -155,6 +155,10 @@ class Backend(Protocol):
     name: str
     device: torch.device
 
+    def can_record(self, head_dim: int) -> bool:
+        """Whether steps never wait for the device, so that they can be recorded as a CUDA graph."""
+        ...
+
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
         """GGUF bytes of one matrix (u8, on the device) → the backend's own form. Takes ownership of `raw`."""
         ...

@@ -35,7 +35,7 @@ from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_b
 from worker_orcd.kernels.ops import ops
 from worker_orcd.kernels.ops.experts import ExpertOps, Routing
 from worker_orcd.kernels.ops.ops import Ops
-from worker_orcd.quant.repack import check_scales, gather_rows, pack
+from worker_orcd.quant.repack import check_scales, dequantize_rows, pack, row_places
 from worker_orcd.quant.tiles import TILE_ROWS, packed_bytes
 
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
@@ -59,8 +59,11 @@ class CudaBackend:
         self.device = gpu.device
         self._ops, self._linear = Ops(gpu), Linear(gpu)
         self._experts = ExpertOps(gpu, self._ops)
-        self._attention: AttentionKernel = FlashAttention()
+        self._basic: AttentionKernel = BasicAttention()
         check_equal_bits(self._linear, self._ops, self.device)
+
+    def can_record(self, head_dim: int) -> bool:
+        return takes(head_dim)
 
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> base.PackedWeight:
         """Move the bits into tiles, on the device. Raises InsufficientVram, and ModelLoadFailed for absurd scales."""
@@ -90,7 +93,8 @@ class CudaBackend:
         return self._weight(tiles, first.type, (total, first.shape[1]))
 
     def embed(self, tokens: Tensor, table: base.PackedWeight) -> Tensor:
-        return gather_rows(table.parts[0], table.type, table.shape[1], tokens)
+        stored = self._ops.gather_rows(table.parts[0], row_places(table.type, self.device), tokens)
+        return dequantize_rows(stored, table.type, table.shape[1])
 
     def linear(self, x: Operand, projection: Projection) -> Sums:
         return tuple(base.Part(self._product(x, weight), bias) for weight, bias in projection)
@@ -137,8 +141,14 @@ class CudaBackend:
         return tuple(base.Part(x[None], None) for x in normed)
 
     def attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
-        found = self._attention(q, kv, batch, spec).flatten(1)
-        return _operand(self._ops.to_image(found), *found.shape)
+        width = q.shape[1] * q.shape[2]
+        if not takes(spec.head_dim):
+            found = self._basic(q, kv, batch, spec).flatten(1)
+            return _operand(self._ops.to_image(found), len(q), width)
+        form = Form(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap)
+        pages = Pages(batch.query_starts, batch.context_lens, batch.block_table)
+        image = attend(q, kv.k, kv.v, pages, form, spec.sinks, self._ops.image(len(q), width, zeroed=True))
+        return _operand(image, len(q), width)
 
     def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
         num_rows, width = gate_up[0].slices.shape[1], sum(part.width for part in gate_up) // (1 + is_gated)
@@ -189,17 +199,6 @@ def _norm(norm: Norm | None) -> ops.Norm | None:
     return None if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
-class FlashAttention:
-    """kernels/attention.py; head sizes the tensor cores cannot take go to the reference."""
-
-    def __init__(self) -> None:
-        self._basic = BasicAttention()
-
-    def __call__(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Tensor:
-        if spec.head_dim % HEAD_DIM_STEP or spec.head_dim > MAX_HEAD_DIM:
-            return self._basic(q, kv, batch, spec)
-        form = Form(
-            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, window=spec.window, soft_cap=spec.soft_cap
-        )
-        pages = Pages(batch.query_starts, batch.context_lens, batch.block_table)
-        return attend(q, kv.k, kv.v, pages, form, spec.sinks)
+def takes(head_dim: int) -> bool:
+    """Whether kernels/attention.py does; other head sizes the tensor cores cannot take, and go to the reference."""
+    return head_dim % HEAD_DIM_STEP == 0 and head_dim <= MAX_HEAD_DIM

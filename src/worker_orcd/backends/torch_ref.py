@@ -61,6 +61,9 @@ class TorchBackend:
         self._attention: AttentionKernel = BasicAttention()
         self._row_tiles: dict[tuple[int, int], int] = {}
 
+    def can_record(self, head_dim: int) -> bool:  # noqa: ARG002
+        return False
+
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
         """Dequantize to float32 [N, K]. Raises InsufficientVram when the device has no room for it."""
         try:

@@ -24,7 +24,6 @@ SCALE_PLACES = {  # byte of d in a block, the largest number it is multiplied by
     GgmlType.Q4_0: (0, 1), GgmlType.Q4_1: (0, 1), GgmlType.Q5_0: (0, 1), GgmlType.Q5_1: (0, 1), GgmlType.Q8_0: (0, 1),
     GgmlType.Q4_K: (0, 63), GgmlType.Q5_K: (0, 63), GgmlType.Q6_K: (208, 128),
 }  # fmt: skip
-GATHERED_ROWS = 256  # read at once; of each, a strip of 16 is read, and its bits take a byte
 PIECE_BYTES = 2**23  # packed at once; the bits of a piece take eight bytes each
 
 
@@ -69,21 +68,19 @@ def unpack(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
     return out.flatten()
 
 
-def gather_rows(tiles: Tensor, type: GgmlType, k: int, rows: Tensor) -> Tensor:
-    """Some rows of a packed matrix [N, K], dequantized: i64 [T] → f32 [T, K], bit for bit the format's own values."""
-    return torch.cat([_gather(tiles, type, k, part) for part in torch.split(rows, GATHERED_ROWS)])
+@lru_cache(maxsize=64)
+def row_places(type: GgmlType, device: torch.device) -> Tensor:
+    """Where the bits of each row of a tile lie in it, in the order they are stored: i32 [16, bits of a row]."""
+    return _tables(type, device)[1].view(TILE_ROWS, -1).int()
 
 
-def _gather(tiles: Tensor, type: GgmlType, k: int, rows: Tensor) -> Tensor:
-    _, place = _tables(type, tiles.device)
-    bits = place.view(TILE_ROWS, -1)[rows % TILE_ROWS].unsqueeze(1)  # [T, 1, bits of a row in a tile]
-    strips = tiles[rows // TILE_ROWS]  # [T, depth, tile bytes]
-    found = strips.gather(2, (bits >> 3).expand(-1, tiles.shape[1], -1))
-    found = (found >> (bits & 7).to(torch.uint8)) & 1
-    blocks = _join_bits(found).view(-1, type.block_bytes)
+def dequantize_rows(stored: Tensor, type: GgmlType, k: int) -> Tensor:
+    """Rows taken out of tiles by `row_places`, u8 [T, depth, bytes] → f32 [T, k], the format's own values."""
+    blocks = stored.view(-1, type.block_bytes)
     if type is GgmlType.Q8_0:
         blocks[:, 2:] ^= 0x80
-    return format_of(type).dequantize(blocks).view(len(rows), TILE_K[type] * tiles.shape[1])[:, :k]
+    width = TILE_K[type] * stored.shape[1]
+    return format_of(type).dequantize(blocks).view(len(stored), width)[:, :k].contiguous()
 
 
 @lru_cache(maxsize=64)

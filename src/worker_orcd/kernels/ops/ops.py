@@ -73,7 +73,7 @@ class Ops:
         self._gpu.require(x)
         if not 0 < width <= WIDEST_NORM or width % 4:
             raise ValueError(f"rows of {width} numbers: a multiple of 4 up to {WIDEST_NORM} is needed")
-        image = None if norm is None else self._image(num_rows, width)
+        image = None if norm is None else self.image(num_rows, width)
         groups = 0 if image is None else image.shape[1]
         args: list[Argument] = [x, self.part(y, num_rows, width), self._norm(after, width), float(factor)]
         args += [self._norm(norm, width), image, num_rows, groups]
@@ -112,18 +112,34 @@ class Ops:
         num_rows = gate_up[0].slices.shape[1]
         if width % 4 or (len(gate_up) == 2 and gate_up[0].slices.shape[2] != width):
             raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in gate_up]}")
-        image = self._image(num_rows, width)
+        image = self.image(num_rows, width)
         sums = self.sums(gate_up, num_rows, (1 + is_gated) * width)
         source = Source("ops", "rows.cu", defined(ACTIVATION=kind.upper(), GATED=int(is_gated)))
         args: list[Argument] = [sums, image, width, num_rows, image.shape[1]]
         self.rows(source, "activate", -(-width // 256), num_rows, ROW_THREADS, args)
         return image
 
+    def gather_rows(self, tiles: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+        """Rows of a matrix in tiles u8 [strips, depth, tile bytes], as stored: i64 [T] → u8 [T, depth, bytes].
+
+        places i32 [16, bits of a row in a tile]: where in the tile each bit lies.
+        """
+        self._gpu.require(tiles, dtype=torch.uint8)
+        self._gpu.require(places, dtype=torch.int32)
+        self._gpu.require(rows, dtype=torch.int64)
+        (_, depth, tile_bytes), row_bytes = tiles.shape, places.shape[1] // 8
+        if places.shape != (16, tile_bytes // 2):
+            raise ValueError(f"places {tuple(places.shape)} for tiles of {tile_bytes} bytes")
+        out = torch.empty(len(rows), depth, row_bytes, dtype=torch.uint8, device=self._gpu.device)
+        args: list[Argument] = [tiles, places, rows, out, depth, tile_bytes, row_bytes]
+        self.rows(PLAIN, "gather_rows", -(-depth * row_bytes // 64), len(rows), 64, args)
+        return out
+
     def to_image(self, x: Tensor) -> Tensor:
         """x [T, K] as an image."""
         num_rows, width = x.shape
         self._gpu.require(x)
-        image = self._image(num_rows, width)
+        image = self.image(num_rows, width)
         self.rows(PLAIN, "to_image", -(-width // 256), num_rows, ROW_THREADS, [x, image, width, image.shape[1]])
         return image
 
@@ -141,8 +157,10 @@ class Ops:
             raise ValueError(f"{num_rows} rows in a step; at most {MAX_GRID_Y} are possible")
         self._gpu.launch(source, name, Work((blocks, num_rows, 1), threads), args)
 
-    def _image(self, num_rows: int, width: int) -> Tensor:
-        return torch.empty(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
+    def image(self, num_rows: int, width: int, zeroed: bool = False) -> Tensor:
+        """Room for one; zeroed for who does not write the inputs that pad it."""
+        make = torch.zeros if zeroed and width % 256 else torch.empty
+        return make(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
 
     def sums(self, parts: Sequence[Part], num_rows: int, width: int) -> ctypes.Structure:
         if not 0 < len(parts) <= MAX_PARTS or sum(part.slices.shape[2] for part in parts) != width:

@@ -96,7 +96,7 @@ constexpr int PAIRS = (DIM / 2 + 31) / 32;  // of a lane
 
 // Cut qkv into Hq heads of q, Hk of k and Hk of v; normalize q and k where a weight is given; rotate both by the angles
 // of the row's position; keep q, store k and v in the cache. Pairs (i, i + half) or, with INTERLEAVED, (2i, 2i + 1);
-// dimensions from 2 half on pass. grid (ceil((Hq + 2 Hk) / HEADS), T)
+// dimensions from 2 half on pass. A row whose slot is negative is padding: nothing is stored. grid (ceil((Hq + 2 Hk) / HEADS), T)
 extern "C" __global__ void __launch_bounds__(HEADS * 32)
 rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm, const __grid_constant__ Norm k_norm,
            float* __restrict__ q, Stored* __restrict__ k_cache, Stored* __restrict__ v_cache,
@@ -150,7 +150,7 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
     if (is_q) {
       float* to = q + ((u64)t * Hq + head) * DIM;
       to[first] = x, to[second] = y;
-    } else {
+    } else if (slot >= 0) {
       Stored* to = (is_v ? v_cache : k_cache) + (slot * Hk + (head - Hq) % Hk) * DIM;
       to[first] = stored(x), to[second] = stored(y);
     }
@@ -306,6 +306,24 @@ combine(const __grid_constant__ Part given, const int* __restrict__ places, cons
 #endif
 
 #ifdef PLAIN  // ---- from and to rows
+// The stored bytes of some rows of a matrix in tiles [strips][depth][tile_bytes]: bit i of a row's bytes in a tile is bit
+// places[row % 16][i] of it. One byte a thread. grid (ceil(depth row_bytes / 64), T)
+extern "C" __global__ void __launch_bounds__(64)
+gather_rows(const u8* __restrict__ tiles, const int* __restrict__ places, const long long* __restrict__ rows,
+            u8* __restrict__ out, int depth, int tile_bytes, int row_bytes) {
+  start_next_kernel();
+  await_previous_kernel();
+  const int i = blockIdx.x * 64 + threadIdx.x, at = i % row_bytes;
+  if (i >= depth * row_bytes) return;
+  const long long row = rows[blockIdx.y];
+  const u8* tile = tiles + ((row >> 4) * depth + i / row_bytes) * tile_bytes;
+  const int* place = places + ((row & 15) * row_bytes + at) * 8;
+  int byte = 0;
+#pragma unroll
+  for (int bit = 0; bit < 8; bit++) byte |= (tile[place[bit] >> 3] >> (place[bit] & 7) & 1) << bit;
+  out[(u64)blockIdx.y * depth * row_bytes + i] = (u8)byte;
+}
+
 // x [T][K] -> image. grid (ceil(K / 256), T), 64 threads
 extern "C" __global__ void __launch_bounds__(64)
 to_image(const float* __restrict__ x, u32* __restrict__ image, int K, int T8) {

@@ -1,0 +1,148 @@
+"""Recorded decode steps: the same bits as launched one by one, for any number of sequences, overlapping or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.kernels.test_cuda_backend import runtime_on
+from worker_orcd.backends.cuda import CudaBackend
+from worker_orcd.engine.core import EngineCore
+from worker_orcd.engine.graphs import ROWS, CudaRecorder, Graphs, Recording
+from worker_orcd.engine.plain_step import PlainStep
+from worker_orcd.engine.request import Request, SamplingParams, Tokens
+from worker_orcd.engine.runtime import Runtime
+from worker_orcd.engine.sampler import Sampler
+from worker_orcd.engine.scheduler import SchedulerLimits
+from worker_orcd.errors import CudaError
+from worker_orcd.kernels.gpu import Gpu
+
+CONTEXT = 300
+
+
+@dataclass
+class Repeater:
+    """Stands in for CUDA's capture: repeats the work, and leaves the result at one place."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def __call__(self, work: Callable[[], Tensor]) -> Recording:
+        result = work()
+        number = len(self.calls)
+        self.calls.append(0)
+
+        def replay() -> None:
+            self.calls[number] += 1
+            result.copy_(work())
+
+        return replay, result
+
+
+@pytest.fixture(scope="module")
+def runtime(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    backend = CudaBackend(gpu.device, gpu)
+    path = tiny.build("qwen3", head_dim=32, num_hidden_layers=1, num_attention_heads=2).write(
+        tmp_path_factory.mktemp("graphs") / "tiny.gguf"
+    )
+    runtime = runtime_on(path, backend)
+    assert backend.can_record(runtime.kv[0].k.shape[3]), "or nothing here would be tested"
+    return runtime
+
+
+def requests(count: int) -> list[Request]:
+    return [
+        Request(str(i), [(11 * i + 7 * j) % 321 for j in range(2 + i % 3)], 2 + i % 2,
+                SamplingParams(seed=i, temperature=i % 2 * 1.0))
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def answers(runtime: Runtime, graphs: Graphs | None, wanted: list[Request]) -> dict[int, list[int]]:
+    step = PlainStep(runtime, Sampler([0], runtime.device), graphs)
+    step.overlaps = True  # tokens of the step before are read on the device
+    core = EngineCore(step, SchedulerLimits(8, 64, CONTEXT), frozenset({2}), {"model": "m"})
+    found: dict[int, list[int]] = {}
+    for number, request in enumerate(wanted):
+        core.submit(number, request)
+    while core.has_work:
+        for number, event in core.tick().events:
+            if isinstance(event, Tokens):
+                found.setdefault(number, []).extend(event.ids)
+    return found
+
+
+def recorder(runtime: Runtime) -> Repeater | CudaRecorder:
+    return CudaRecorder() if runtime.device.type == "cuda" else Repeater()
+
+
+def test_the_same_tokens_with_and_without(runtime: Runtime) -> None:
+    record = recorder(runtime)
+    graphs, wanted = Graphs(runtime, CONTEXT, record), requests(5)
+    expected = answers(runtime, None, wanted)
+    assert len(expected) == 5
+    assert answers(runtime, graphs, wanted) == expected
+    for number in (0, 4):
+        assert answers(runtime, graphs, [wanted[number]]) == {0: expected[number]}
+    rows = {rows for rows, _ in graphs._recorded}
+    assert {1, 8} <= rows, "alone and padded steps were recorded"
+    if isinstance(record, Repeater):
+        assert all(record.calls), "each was replayed"
+
+
+def test_rows_that_pad_leave_the_cache_alone(runtime: Runtime) -> None:
+    before = [(layer.k.clone(), layer.v.clone()) for layer in runtime.kv]
+    for layer in runtime.kv:
+        layer.k.fill_(torch.nan)
+        layer.v.fill_(torch.nan)
+    graphs = Graphs(runtime, CONTEXT, recorder(runtime))
+    wanted = requests(3)
+    found = answers(runtime, graphs, wanted)
+    written = sum(int(layer.k[..., 0, 0].isfinite().sum()) for layer in runtime.kv) / len(runtime.kv)
+    assert written == sum(len(r.prompt_ids) + len(found[i]) - 1 for i, r in enumerate(wanted))
+    for layer, (k, v) in zip(runtime.kv, before, strict=True):
+        layer.k.copy_(k)
+        layer.v.copy_(v)
+
+
+def test_what_is_not_recorded(runtime: Runtime) -> None:
+    graphs = Graphs(runtime, CONTEXT, recorder(runtime))
+    assert answers(runtime, graphs, [Request("a", [5] * 9, 1, SamplingParams(seed=0))])
+    assert not graphs._recorded, "a prompt"
+    assert list(ROWS) == sorted(ROWS)
+
+
+def test_wider_tables_are_recorded_anew(runtime: Runtime) -> None:
+    graphs = Graphs(runtime, 100_000, recorder(runtime))
+    widths = [graphs._width(blocks, 16) for blocks in (1, 64, 65, 256, 257, 6249)]
+    assert widths == [64, 64, 256, 256, 1024, 6250]
+
+
+def test_only_heads_the_tensor_cores_take_are_recorded(gpu: Gpu) -> None:
+    backend = CudaBackend(gpu.device, gpu)
+    assert [backend.can_record(dim) for dim in (24, 64, 80, 96, 256, 272)] == [False, True, True, True, True, False]
+
+
+def test_a_recording_that_gives_other_bits_is_not_used(runtime: Runtime) -> None:
+    def wrong(work: Callable[[], Tensor]) -> Recording:
+        result = work().clone()
+        return lambda: result.mul_(1 + 1e-6), result
+
+    graphs, wanted = Graphs(runtime, CONTEXT, wrong), requests(3)
+    assert answers(runtime, graphs, wanted) == answers(runtime, None, wanted)
+    assert "other bits" in graphs.refusal
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory\nmore"), CudaError("launching: CUDA_ERROR 900")])
+def test_what_cannot_be_recorded_is_launched(error: Exception, runtime: Runtime) -> None:
+    def refuse(work: Callable[[], Tensor]) -> Recording:  # noqa: ARG001
+        raise error
+
+    graphs, wanted = Graphs(runtime, CONTEXT, refuse), requests(3)
+    assert answers(runtime, graphs, wanted) == answers(runtime, None, wanted)
+    assert graphs.refusal.startswith("a step of 4 sequences could not be recorded: ")
+    assert "more" not in graphs.refusal
