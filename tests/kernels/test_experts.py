@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.conftest import NO_COMPILER
+from tests.kernels.emulator.gpu import EmulatedGpu
 from tests.kernels.weights import dequantized, random_raw
 from worker_orcd.backends.base import Backend, Experts, Operand, PackedWeight, Part, SharedExpert
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.backends.torch_ref import TorchBackend
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.linear.linear import tiled
+from worker_orcd.kernels.linear.plan import plan_linear
 from worker_orcd.kernels.ops import ops
 from worker_orcd.kernels.ops.experts import MAX_EXPERTS, ExpertOps, unit_rows
 from worker_orcd.kernels.ops.ops import Ops
+from worker_orcd.quant.repack import pack
 
 F32 = GgmlType.F32
 
@@ -102,6 +109,22 @@ def test_experts(kind: GgmlType, is_shared: bool, gpu: Gpu) -> None:
     assert ((whole - expected).norm() / expected.norm()).item() < 6e-3
     for rows in ([0], [5, 3], list(range(4, 21))):
         assert torch.equal(found(x[rows]), whole[rows]), rows
+
+
+@NO_COMPILER
+def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
+    small, large = EmulatedGpu(shared_bytes=24 * 1024), EmulatedGpu()
+    found = []
+    for gpu in (small, large):
+        ops_ = Ops(gpu)
+        experts, x = ExpertOps(gpu, ops_), random(gpu, 40, 1024)
+        routing = experts.route([ops.Part(random(gpu, 1, 40, 4))], 4, 4, True)
+        assert routing.unit == 32
+        tiles = pack(random_raw(GgmlType.Q8_0, 64, 1024), GgmlType.Q8_0, (64, 1024))
+        matrix = replace(tiled(tiles, GgmlType.Q8_0, (16, 1024), 4), plan=plan_linear(16, 1024, GgmlType.Q8_0, 1))
+        given = experts.multiply(experts.spread(ops_.to_image(x), routing), matrix, None, routing)
+        found.append(experts.combine(given, routing))
+    assert torch.equal(*found)
 
 
 def test_units_hold_about_what_an_expert_has() -> None:

@@ -5,8 +5,8 @@
 // with EARLY also expanded, before the previous kernel has ended: weights do not depend on it.
 // grid (CTAs that share the strips, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
 // CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
-// With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS rows of x
-// the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
+// With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
+// of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
 #include "async.cuh"
 #include "weight.cuh"
 
@@ -37,7 +37,7 @@ DEVICE void load_x(u32 to, const char* from, int pieces, int T8, u32 barrier) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8
 #if GROUPED
-    , const int* __restrict__ owners
+    , const int* __restrict__ owners, int share
 #endif
 ) {
   extern __shared__ __align__(1024) char shared[];
@@ -52,8 +52,9 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 #if GROUPED
   start_next_kernel();
   await_previous_kernel();
-  if (owners[z] < 0) return;
-  w += owners[z] * strips * strip_bytes;
+  const int owner = owners[z / share];
+  if (owner < 0) return;
+  w += owner * strips * strip_bytes;
 #endif
   const char* src = w + strip * strip_bytes + (u64)k0 * Weight::TILE_BYTES;
   int fetched = 0;

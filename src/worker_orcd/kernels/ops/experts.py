@@ -7,7 +7,7 @@ a unit at a time. Shapes depend on the number of rows alone, never on where the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,24 +76,18 @@ class ExpertOps:
         n, depth = matrix.shape[0], matrix.tiles.shape[1]
         if image.shape[0] != -(-matrix.shape[1] // 256) * 4 or image.shape[1] * 8 < routing.num_places:
             raise ValueError(f"an image {tuple(image.shape)} for {routing.num_places} rows of {matrix.shape[1]}")
-        slices, groups, units = matrix.plan.slices, routing.unit // 8, len(routing.owners)
+        slices, units, share = matrix.plan.slices, len(routing.owners), 1
+        variant = FewTokens(routing.unit // 8, 8, 2, 1, early=False)
+        while variant.groups > 1 and matrix.plan.shared_bytes(variant) > self._gpu.card.shared_bytes:
+            variant, share = replace(variant, groups=variant.groups // 2), 2 * share
         out = torch.empty(slices, routing.num_places, n, device=self._gpu.device)
-        variant = FewTokens(groups, 8, 2, 1, early=False)
         shared = matrix.plan.shared_bytes(variant)
         most = max(1, 2 * self._gpu.num_sms // (slices * max(1, min(units, matrix.count))))
         blocks = min(most, -(-n // 16 // variant.warps))
-        args: list[Argument] = [
-            matrix.tiles,
-            image,
-            out,
-            n,
-            depth,
-            routing.num_places,
-            image.shape[1],
-            routing.owners,
-        ]
+        args: list[Argument] = [matrix.tiles, image, out, n, depth]
+        args += [routing.num_places, image.shape[1], routing.owners, share]
         source, name = kernel_of(matrix.type, variant, grouped=True)
-        work = Work((blocks, slices, units), variant.warps * 32, shared)
+        work = Work((blocks, slices, units * share), variant.warps * 32, shared)
         self._gpu.launch(source, name, work, args)
         return Part(out, bias, routing.experts)
 
