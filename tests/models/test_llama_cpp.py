@@ -34,9 +34,9 @@ REST = {"haiku": 1e-5, "llama": 1e-5, "phi3": 0.012}  # relative distance left o
 class EightBitActivations(TorchBackend):
     """Rounds what goes into a quantized matmul as llama.cpp's CPU code does."""
 
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    def _product(self, x: Tensor, weight: PackedWeight) -> Tensor:
         block = {1: 0, 32: 32, 256: 256}[weight.type.block_elems]
-        return super().linear(_round(x, block) if block else x, weight, bias)
+        return super()._product(_round(x, block) if block else x, weight)
 
 
 def _round(x: Tensor, block: int) -> Tensor:

@@ -31,7 +31,7 @@ def reshaped(name: str, shape: tuple[int, ...]) -> Edit:
 
 
 CASES: dict[str, tuple[Edit, str]] = {
-    "unknown architecture": (setting("general.architecture", "mamba9"), "'mamba9'.*llama, phi3, qwen2, qwen3"),
+    "unknown architecture": (setting("general.architecture", "mamba9"), "'mamba9'.* gemma2, .* llama, .* qwen3"),
     "heads by layer": (setting("qwen2.attention.head_count_kv", [2, 1]), "head_count_kv differs from layer to layer"),
     "no layers": (setting("qwen2.block_count", 0), "qwen2.block_count"),
     "too many layers": (setting("qwen2.block_count", 2**31), "qwen2.block_count"),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from worker_orcd.backends.base import Backend, PackedWeight
+from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.reader import GgufFile, TensorInfo
 from worker_orcd.models.tensors import Shape
 from worker_orcd.quant.format import format_of
 
 OnProgress = Callable[[int, int, int], None]  # percent, bytes done, bytes in all
+RING = 8  # buffers of a chunk each between file and device
+READERS = 3  # threads that fill them: one alone does not keep up with a fast disk
 
 
 @dataclass(frozen=True)
@@ -31,31 +38,118 @@ class Weights:
 def load_weights(
     gguf: GgufFile, table: dict[str, Shape], backend: Backend, chunk_bytes: int, on_progress: OnProgress
 ) -> Weights:
-    """Read, move and pack every tensor of `table`, in file order, `chunk_bytes` at a time."""
+    """Read, move and pack every tensor of the file, in its order, `chunk_bytes` at a time.
+
+    Raises ModelLoadFailed when the file changes meanwhile, and InsufficientVram when the device is full.
+    """
     weights = Weights({}, {})
     progress = _Progress(sum(gguf.tensors[name].nbytes for name in table), on_progress)
-    for name, info in gguf.tensors.items():
-        raw = _read(gguf, info, backend.device, chunk_bytes, progress)
-        if len(info.shape) == 2:
-            weights.matrices[name] = backend.pack(raw, info.type, (info.shape[0], info.shape[1]))
-        else:
-            blocks = raw.view(-1, info.type.block_bytes)
-            weights.vectors[name] = format_of(info.type).dequantize(blocks).view(info.shape)
+    if backend.device.type == "cpu":
+        stored = _read(gguf, chunk_bytes, progress.add)
+    else:
+        stored = read_ahead(gguf, CudaLane(backend.device), chunk_bytes, progress.add)
+    try:
+        for info, raw in stored:
+            shape = table[info.name]
+            if info.name.endswith(".weight") and len(shape) > 1:  # of experts: one matrix under the other
+                weights.matrices[info.name] = backend.pack(raw, info.type, (prod(shape[:-1]), shape[-1]))
+            else:
+                blocks = raw.view(-1, info.type.block_bytes)
+                weights.vectors[info.name] = format_of(info.type).dequantize(blocks).flatten()
+    except torch.OutOfMemoryError as error:
+        raise InsufficientVram(f"{backend.device} is full after {weights.nbytes} bytes of weights") from error
     return weights
 
 
-def _read(gguf: GgufFile, info: TensorInfo, device: torch.device, chunk_bytes: int, progress: _Progress) -> Tensor:
-    """The tensor's bytes on the device: u8 [nbytes]."""
-    raw = torch.empty(info.nbytes, dtype=torch.uint8, device=device)
-    staging = None if device.type == "cpu" else torch.empty(chunk_bytes, dtype=torch.uint8)
-    for start in range(0, info.nbytes, chunk_bytes):
-        part = raw[start : start + chunk_bytes]
-        host = part if staging is None else staging[: len(part)]
-        gguf.read(info.name, host.numpy().data, start, len(part))
-        if staging is not None:
-            part.copy_(host)
-        progress.add(len(part))
-    return raw
+def _read(gguf: GgufFile, chunk_bytes: int, on_read: Callable[[int], None]) -> Iterator[tuple[TensorInfo, Tensor]]:
+    """The bytes of each tensor in the host's memory: u8 [nbytes]."""
+    for info in gguf.tensors.values():
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        for start in range(0, info.nbytes, chunk_bytes):
+            part = raw[start : start + chunk_bytes]
+            gguf.read(info.name, part.numpy().data, start, len(part))
+            on_read(len(part))
+        yield info, raw
+
+
+class Lane(Protocol):
+    """The way to a device, beside what it computes."""
+
+    def buffer(self, nbytes: int) -> Tensor:
+        """Memory of the host to copy from: u8 [nbytes]."""
+        ...
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Memory of the device: u8 [nbytes]."""
+        ...
+
+    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        """Begin to copy; the answer waits until `source` may be written again, on any thread."""
+        ...
+
+    def arrive(self, target: Tensor) -> None:
+        """What is computed from now on finds `target` copied."""
+        ...
+
+
+class CudaLane:
+    """A stream of its own, and memory that its copies take without waiting for what still uses the last one's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def empty(self, nbytes: int) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        copied: torch.cuda.Event = self._stream.record_event()
+        return copied.synchronize
+
+    def arrive(self, target: Tensor) -> None:
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        target.record_stream(computing)  # its memory is not the lane's again before that has read it
+
+
+def read_ahead(
+    gguf: GgufFile, lane: Lane, chunk_bytes: int, on_copied: Callable[[int], None]
+) -> Iterator[tuple[TensorInfo, Tensor]]:
+    """The bytes of each tensor on the device: u8 [nbytes].
+
+    Threads fill a ring of buffers while others are copied and the tensor before is packed. The host never holds more
+    of the file than the ring.
+    """
+    chunks = [(info, start) for info in gguf.tensors.values() for start in range(0, info.nbytes, chunk_bytes)]
+    ring = [lane.buffer(chunk_bytes) for _ in range(min(RING, len(chunks)))]
+    wait_copied: list[Callable[[], None]] = [lambda: None] * len(ring)
+
+    def fill(number: int) -> Tensor:
+        (info, start), slot = chunks[number], number % len(ring)
+        wait_copied[slot]()
+        part = ring[slot][: min(chunk_bytes, info.nbytes - start)]
+        gguf.read(info.name, part.numpy().data, start, len(part))
+        return part
+
+    with ThreadPoolExecutor(READERS, "loader") as readers:
+        filling = deque(readers.submit(fill, number) for number in range(len(ring)))
+        for number, (info, start) in enumerate(chunks):
+            if start == 0:
+                raw = lane.empty(info.nbytes)
+            part = filling.popleft().result()
+            wait_copied[number % len(ring)] = lane.copy(raw[start : start + len(part)], part)
+            if number + len(ring) < len(chunks):
+                filling.append(readers.submit(fill, number + len(ring)))
+            on_copied(len(part))
+            if start + len(part) == info.nbytes:
+                lane.arrive(raw)
+                yield info, raw
 
 
 class _Progress:
