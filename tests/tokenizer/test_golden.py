@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
+from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import generate_merges
 
-from tests.tokenizer.vocabularies import DATA, PUBLISHED, golden, unpack
+from tests.tokenizer.vocabularies import CONTROL, DATA, NORMAL, PUBLISHED, bpe_metadata, golden, unpack, written
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.tokenizer.base import VocabularyTokenizer
 from worker_orcd.tokenizer.load import load_tokenizer
+from worker_orcd.tokenizer.pretokenize import pre_tokenizer
 
 END_IDS = {
     "qwen2": {151643, 151645},
@@ -23,6 +30,18 @@ END_IDS = {
     "llama-bpe": {128001, 128009},
     "llama-spm": {2},
 }
+
+
+SIZES = {"qwen2": 151936, "phi-3": 32064, "gpt-2": 50257, "llama-bpe": 128256, "llama-spm": 32000}  # padding included
+MORE = [  # beside the golden texts: special tokens, letters with separate marks, white space around them
+    "<|im_start|>user\nhi<|im_end|>\n", "<|user|>\nhi<|end|>\n<|assistant|>  ok", "<s>a b</s>", " <|end|>   x ",
+    "e\u0301 cafe\u0301 \u1112\u1161\u11ab \u212b", "\u0958 ﬁ", "a▁b", "  a  b\n\n\nc", "It'S 12345 wasn't", "🦙🇩🇪",
+]  # fmt: skip
+O200K = (  # OpenAI's published expression
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
@@ -42,6 +61,8 @@ def test_published_vocabularies(published: tuple[str, Path]) -> None:
     tokenizer = _load(path)
     assert time.perf_counter() - start < 5
     assert tokenizer.eog_ids == END_IDS[name]
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("gguf-bpe", SIZES[name])
+    assert len(golden(name)) >= 30
     for is_prepared in (False, True):
         if is_prepared:
             tokenizer.prepare()
@@ -49,6 +70,82 @@ def test_published_vocabularies(published: tuple[str, Path]) -> None:
             assert tokenizer.encode(text, add_special=False, parse_special=False) == ids, (name, text)
             prefix = " " if text and tokenizer.model == "spm" else ""
             assert tokenizer.decode(ids) == prefix + text
+
+
+def _qwen2_json(own: VocabularyTokenizer, gguf: GgufFile) -> HfTokenizer:
+    """As `transformers` builds it."""
+    lines = gguf.require("tokenizer.ggml.merges", "strings").decode_all()
+    words = {text: i for text, i in own.vocabulary.ids.items() if own.vocabulary.types[i] == 1}
+    library = Qwen2Tokenizer(vocab=words, merges=[tuple(line.split(" ")) for line in lines])._tokenizer
+    special = sorted(own.vocabulary.control)
+    library.add_special_tokens(
+        [AddedToken(own.vocabulary.tokens[i], special=True, normalized=False) for i in special]
+    )
+    assert isinstance(library, HfTokenizer)
+    return library
+
+
+def _phi3_json(own: VocabularyTokenizer, gguf: GgufFile) -> HfTokenizer:
+    """Merges as `transformers` makes them of scores, and the pipeline of the published file."""
+    scores, types = gguf.require("tokenizer.ggml.scores", "floats").tolist(), own.vocabulary.types
+    pieces = {text: i for text, i in own.vocabulary.ids.items() if i < 32000}
+    merges = generate_merges(pieces, {text: scores[i] for text, i in pieces.items() if types[i] == 1})
+    library = HfTokenizer(models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = sorted(own.vocabulary.control | {2})
+    strips = {i: own.vocabulary.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>") for i in special}
+    library.add_special_tokens(
+        [AddedToken(own.vocabulary.tokens[i], special=True, normalized=False, rstrip=strips[i]) for i in special]
+    )
+    return library
+
+
+@pytest.mark.parametrize(("name", "make"), [("qwen2", _qwen2_json), ("phi-3", _phi3_json)])
+def test_tokenizer_json_and_model_file_agree(
+    name: str, make: Callable[[VocabularyTokenizer, GgufFile], HfTokenizer], tmp_path: Path
+) -> None:
+    with GgufFile.open(unpack(name, tmp_path)) as gguf:
+        own = load_tokenizer(gguf)
+        make(own, gguf).save(str(tmp_path / "tokenizer.json"))
+        other = load_tokenizer(gguf)
+    assert (other.kind, other.vocab_size, other.eog_ids) == ("hf-json", SIZES[name], END_IDS[name])
+    for text in [*MORE, *(text for text, _ in golden(name))]:
+        for parse_special in (True, False):
+            assert own.encode(text, True, parse_special) == other.encode(text, True, parse_special), text
+
+
+def test_the_ends_of_gpt_oss(tmp_path: Path) -> None:
+    """The special tokens of harmony at their published ids; <|end|> ends a message, whatever a file says of it."""
+    marks = {199998: "<|startoftext|>", 199999: "<|endoftext|>", 200002: "<|return|>", 200003: "<|constrain|>"}
+    marks |= {
+        200005: "<|channel|>",
+        200006: "<|start|>",
+        200007: "<|end|>",
+        200008: "<|message|>",
+        200012: "<|call|>",
+    }
+    tokens = [marks.get(i, f"t{i}") for i in range(200_020)]
+    metadata = bpe_metadata({}, "gpt-4o", bos_token_id=199998, eos_token_id=200002, eot_token_id=200007) | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [CONTROL if i in marks else NORMAL for i in range(len(tokens))],
+        "tokenizer.ggml.merges": ["t 0"],
+    }
+    tokenizer = load_tokenizer(written(tmp_path, metadata))
+    assert tokenizer.eog_ids == {199999, 200002, 200012}
+    prompt = "<|start|>assistant<|channel|>final<|message|>"
+    assert [i for i in tokenizer.encode(prompt) if i in marks] == [200006, 200005, 200008]
+
+
+@given(st.text(st.sampled_from("aBéßǅ中ा\u0301'sTllREve'd019½ \n\r\t /.,_-!🦙\u00a0\u2028"), max_size=40))
+def test_words_of_gpt_oss(text: str) -> None:
+    """Cut as OpenAI's expression does it, run by another engine of regular expressions."""
+    words = [text[begin:end] for _, (begin, end) in _O200K_WORDS.pre_tokenize_str(text)]
+    assert words == regex.findall(O200K, text)
+
+
+_O200K_WORDS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre_tokenizer("gpt-4o").patterns]
+)
 
 
 @pytest.mark.parametrize("name", ["small-bpe", "small-spm"])

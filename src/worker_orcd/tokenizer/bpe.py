@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from worker_orcd.gguf.access import TypedAccess
@@ -48,6 +48,8 @@ class BpeTokenizer(VocabularyTokenizer):
         return ids
 
     def _encode_part(self, text: str) -> list[int]:
+        if self._rule.composes:
+            text = normalizers.NFC().normalize_str(text)
         if "_library" not in self.__dict__ and len(text) <= _LITTLE_WORK:
             words = self._words(text)
             if sum(len(word) ** 2 for word in words) <= _LITTLE_WORK:

@@ -6,16 +6,18 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any, Final, NoReturn
 
-from jinja2 import Template, TemplateSyntaxError, pass_context
+from jinja2 import Template, TemplateSyntaxError, UndefinedError, pass_context
 from jinja2.runtime import Context
 
 from worker_orcd.errors import TemplateError
 from worker_orcd.gguf.access import TypedAccess
 from worker_orcd.tokenizer.base import Tokenizer
 from worker_orcd.tokenizer.budget import Budget, BudgetExceeded
+from worker_orcd.tokenizer.files import read_limited
 from worker_orcd.tokenizer.sandbox import BUDGET_KEY, Sandbox
 
 MAX_SOURCE_BYTES: Final = 64 * 2**10
@@ -23,6 +25,7 @@ MAX_OUTPUT_CHARACTERS: Final = 8 * 2**20
 MAX_CPU_S: Final = 0.5
 _MAX_DATE_FORMAT: Final = 256
 _MAX_JSON_INDENT: Final = 16
+_REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Refused(Exception):
@@ -38,20 +41,28 @@ class ChatTemplate:
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "", cpu_s: float = MAX_CPU_S) -> None:
         """Never fails: a bad source does not keep a model from loading, `render` says what is wrong with it."""
-        self.source = source
+        self.source = source  # and that of `with_tools`, for who looks for a model's ways in it
+        self.with_tools: ChatTemplate | None = None  # renders conversations with tools, if that is another
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._cpu_s = cpu_s
         self._template = self._compiled()
 
     @classmethod
-    def from_gguf(cls, gguf: TypedAccess, tokenizer: Tokenizer) -> ChatTemplate | None:
-        """The template of a model file, None when it has none."""
-        source = gguf.get("tokenizer.chat_template", str, None)
-        if source is None:
-            return None
+    def load(cls, gguf: TypedAccess, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate | None:
+        """The template in `file`, else that of the model; None when it has none. Raises ModelLoadFailed."""
         ids = (tokenizer.bos_id, tokenizer.eos_id)
         bos, eos = ("" if i is None else tokenizer.decode([i], skip_special=False) for i in ids)
-        return cls(source, bos, eos)
+        if file is not None:
+            return cls(read_limited(file, "chat template", MAX_SOURCE_BYTES).decode("utf-8", "replace"), bos, eos)
+        source = gguf.get("tokenizer.chat_template", str, None)
+        tool_source = gguf.get("tokenizer.chat_template.tool_use", str, None)
+        if source is None:
+            return None
+        template = cls(source, bos, eos)
+        if tool_source is not None:
+            template.with_tools = cls(tool_source, bos, eos)
+            template.source += tool_source
+        return template
 
     def _compiled(self) -> Template | TemplateError:
         size = len(self.source.encode("utf-8", "surrogatepass"))
@@ -68,14 +79,17 @@ class ChatTemplate:
             return TemplateError(f"the chat template cannot be compiled: {type(error).__name__}")
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extras: Any) -> str:
-        """The prompt of a conversation. `extras` are further variables, such as `tools`."""
+        """The prompt of a conversation. `extras` are further variables, such as `tools`, which are OpenAI's."""
+        if extras.get("tools") and self.with_tools is not None:
+            return self.with_tools.render(messages, add_generation_prompt, **extras)
         variables = self._tokens | {"tools": None, "documents": None} | extras
-        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables |= {"messages": [_with_reasoning(message) for message in messages]}
+        variables |= {"add_generation_prompt": add_generation_prompt}
         template = self._template
         if isinstance(template, TemplateError):
             raise TemplateError(template.message)
         try:
-            return "".join(self._pieces(template, variables))
+            return self._text(template, variables)
         except _Refused as error:
             raise TemplateError(f"the chat template refuses the conversation: {error}") from None
         except BudgetExceeded:
@@ -87,8 +101,17 @@ class ChatTemplate:
             line = _template_line(template, error)
             raise TemplateError(f"the chat template failed on line {line}: {type(error).__name__}") from None
 
-    def _pieces(self, template: Template, variables: dict[str, Any]) -> Iterator[str]:
+    def _text(self, template: Template, variables: dict[str, Any]) -> str:
         budget = Budget(self._cpu_s)
+        try:
+            return "".join(self._pieces(template, variables, budget))
+        except UndefinedError:
+            if not variables["tools"]:
+                raise
+        # OpenAI lets descriptions out, some templates cannot do without. The others never see an empty one.
+        return "".join(self._pieces(template, variables | {"tools": _described(variables["tools"])}, budget))
+
+    def _pieces(self, template: Template, variables: dict[str, Any], budget: Budget) -> Iterator[str]:
         length = 0
         for piece in template.root_render_func(template.new_context({**variables, BUDGET_KEY: budget})):
             length += len(piece)
@@ -100,6 +123,19 @@ class ChatTemplate:
         """`raise_exception`: words of the template are repeated, anything else might be the conversation's."""
         known = isinstance(message, str) and message in self.source
         raise _Refused(message if known else "for a reason of its own")
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with its reasoning under both of the names that templates know."""
+    reasoning = next((found for name in _REASONING if (found := message.get(name)) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _described(tools: Any) -> Any:
+    """OpenAI's tools, each function with a description."""
+    return [
+        tool | {"function": {"description": ""} | tool["function"]} if "function" in tool else tool for tool in tools
+    ]
 
 
 def _strftime_now(pattern: str) -> str:

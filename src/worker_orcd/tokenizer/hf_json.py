@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.access import TypedAccess
-from worker_orcd.gguf.source import open_regular
 from worker_orcd.tokenizer.base import TokenizerModel, VocabularyTokenizer
+from worker_orcd.tokenizer.files import read_limited
 from worker_orcd.tokenizer.pretokenize import PRE_TOKENIZERS
 from worker_orcd.tokenizer.vocabulary import read_vocabulary
 
@@ -63,13 +63,7 @@ class HfJsonTokenizer(VocabularyTokenizer):
 
 
 def _read(path: Path) -> HfTokenizer:
-    try:
-        with open(open_regular(path, "tokenizer.json"), "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ModelLoadFailed(f"{path.name} cannot be read: {error.strerror}") from error
-    if len(content) > MAX_JSON_BYTES:
-        raise ModelLoadFailed(f"{path.name} has more than {MAX_JSON_BYTES} bytes, the limit")
+    content = read_limited(path, "tokenizer.json", MAX_JSON_BYTES)
     try:
         return HfTokenizer.from_buffer(content)
     except ValueError as error:

@@ -66,11 +66,12 @@ _KIMI: Final = r"\p{Han}+|" + _cased_words(
 @dataclass(frozen=True)
 class PreTokenizer:
     """`patterns` in order; `whole_words` takes a word that is in the vocabulary without merging;
-    `add_bos` is the default where the file does not say."""
+    `add_bos` is the default where the file does not say; `composes` letters and their marks first (Unicode's NFC)."""
 
     patterns: tuple[str, ...]
     whole_words: bool = False
     add_bos: bool = False
+    composes: bool = False
 
 
 def _table() -> dict[str, PreTokenizer]:
@@ -80,8 +81,11 @@ def _table() -> dict[str, PreTokenizer]:
             _LLAMA3, whole_words=True, add_bos=True
         ),
         "dbrx smaug-bpe glm4 chatglm-bpe": PreTokenizer(_LLAMA3),
-        "qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez kormo f2llmv2 grok-2 solar-open": PreTokenizer(_QWEN2),
-        "qwen35": PreTokenizer((_words(r"\p{N}", r"[\p{L}\p{M}]+", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),)),
+        "qwen2": PreTokenizer(_QWEN2, composes=True),
+        "deepseek-r1-qwen stablelm2 hunyuan megrez kormo f2llmv2 grok-2 solar-open": PreTokenizer(_QWEN2),
+        "qwen35": PreTokenizer(
+            (_words(r"\p{N}", r"[\p{L}\p{M}]+", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),), composes=True
+        ),
         "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat exaone4 a.x-4.0 mellum modern-bert jina-es"
         " jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code roberta-bpe": PreTokenizer((_GPT2,)),
         "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2": PreTokenizer(_DIGITS_GPT2),

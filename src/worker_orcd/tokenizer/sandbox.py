@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from types import GeneratorType
 from typing import Any, Final
 
 from jinja2 import nodes, pass_context
 from jinja2.compiler import CodeGenerator, Frame, operators
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -42,12 +44,13 @@ _PRINTING: Final = _words("capitalize e escape indent join lower replace safe st
 _COMPARING: Final = _words("dictsort groupby max min sort unique")
 _GLOBALS: Final = _words("range dict namespace joiner cycler")
 _STRING_METHODS: Final = _words("""
-    capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace
-    istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit
-    rstrip split splitlines startswith strip swapcase title upper""")
+    capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower isnumeric
+    isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition
+    rsplit rstrip split splitlines startswith strip swapcase title upper""")
 _MAX_COMPARED: Final = 10_000  # elements; comparing filters run some Python for each
 _MAX_TITLE: Final = 2**16  # characters; the filter is slow
 _MAX_WIDTH: Final = 64  # of an indentation; digits of rounding
+_FIELD: Final = re.compile(r"\{(\w*)\}|\{\{|\}\}")  # of str.format; those with attributes or a width are not offered
 _FORMAT_WIDTH: Final = re.compile(r"%[^a-zA-Z%]*([0-9]{3}|\*)")
 
 
@@ -65,8 +68,8 @@ class _Generator(CodeGenerator):
 
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
         is_search = any(operand.op in ("in", "notin") for operand in node.ops)
-        self.write("environment.made(context, (")
-        self._hooked("member" if is_search else "compared", node.expr, frame)
+        self.write('environment.paid(context, "value", (')
+        self._paid("member" if is_search else "tree", self.visit, node.expr, frame)
         for operand in node.ops:
             self.visit(operand, frame)
         self.write("))")
@@ -76,46 +79,35 @@ class _Generator(CodeGenerator):
         if node.op in ("in", "notin"):
             self.visit(node.expr, frame)
         else:
-            self._hooked("compared", node.expr, frame)
+            self._paid("tree", self.visit, node.expr, frame)
 
     def visit_Test(self, node: nodes.Test, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.made(context, ")
-        super().visit_Test(node, frame)
-        self.write(")")
+        self._paid("value", super().visit_Test, node, frame)
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
-        is_slice = isinstance(node.arg, nodes.Slice)
-        self.write("environment.made(context, " if is_slice else "")
-        super().visit_Getitem(node, frame)
-        self.write(")" if is_slice else "")
+        self._paid("value" if isinstance(node.arg, nodes.Slice) else "", super().visit_Getitem, node, frame)
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.compared(context, ")
-        super().visit_List(node, frame)
-        self.write(")")
+        self._paid("tree", super().visit_List, node, frame)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.compared(context, ")
-        super().visit_Dict(node, frame)
-        self.write(")")
+        self._paid("tree", super().visit_Dict, node, frame)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
-        is_value = node.ctx == "load"
-        self.write("environment.compared(context, " if is_value else "")
-        super().visit_Tuple(node, frame)
-        self.write(")" if is_value else "")
+        self._paid("tree" if node.ctx == "load" else "", super().visit_Tuple, node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("str_join((")
         for part in node.nodes:
-            self._hooked("printed", part, frame)
+            self._paid("text", self.visit, part, frame)
             self.write(", ")
         self.write("))")
 
-    def _hooked(self, hook: str, node: nodes.Node, frame: Frame) -> None:
-        self.write(f"environment.{hook}(context, ")
-        self.visit(node, frame)
-        self.write(")")
+    def _paid(self, price: str, visit: Callable[..., None], node: nodes.Node, frame: Frame) -> None:
+        """What `visit` writes, within a call that takes this price of it, if any."""
+        self.write(f'environment.paid(context, "{price}", ' if price else "")
+        visit(node, frame)
+        self.write(")" if price else "")
 
 
 def _constant_text(block: Iterable[nodes.Node]) -> int:
@@ -164,24 +156,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A block begins that prints `num_characters` of the template's own."""
         _budget(context).spend(1 + num_characters)
 
-    def made(self, context: Context, value: Any) -> Any:
-        """A value that an operation has made."""
-        _budget(context).value(value)
-        return value
-
-    def compared(self, context: Context, value: Any) -> Any:
-        """A value about to be compared, or a container just written down."""
-        _budget(context).tree(value)
-        return value
-
-    def member(self, context: Context, value: Any) -> Any:
-        """A value about to be looked for in a container."""
-        _budget(context).member(value)
-        return value
-
-    def printed(self, context: Context, value: Any) -> Any:
-        """A value about to become text."""
-        _budget(context).text(value)
+    def paid(self, context: Context, price: str, value: Any) -> Any:
+        """The value, once its price is paid: `value`, `tree`, `member` or `text` of the Budget."""
+        getattr(_budget(context), price)(value)
         return value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -200,6 +177,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         budget = _budget(__context)
         budget.spend()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", None)
+        if isinstance(owner, str) and name == "format":
+            return _formatted(budget, owner, args, kwargs)
         if isinstance(owner, str) and name == "join" and args:
             args = (list(args[0]),)
             budget.joined(owner, args[0])
@@ -215,7 +194,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """Formatting methods are not offered, so there is nothing to wrap."""
+        """`call` does the formatting."""
 
 
 def _budget(context: Context) -> Budget:
@@ -236,6 +215,25 @@ def _metered_elements(budget: Budget, elements: Iterator[Any]) -> Iterator[Any]:
     for element in elements:
         budget.spend()
         yield element
+
+
+def _formatted(budget: Budget, pattern: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """`pattern.format(*args, **kwargs)` with plain fields."""
+    if {"{", "}"} & {*_FIELD.sub("", pattern)}:
+        raise SecurityError("only plain fields can be formatted")
+    unnamed = count()
+
+    def field(match: re.Match[str]) -> str:
+        name = match[1]
+        if name is None:
+            return match[0][0]
+        value = kwargs[name] if name and not name.isdecimal() else args[int(name) if name else next(unnamed)]
+        budget.text(value)
+        return str(value)
+
+    text = _FIELD.sub(field, pattern)
+    budget.string(len(text))
+    return text
 
 
 def _price_percent(budget: Budget, pattern: str, values: Any) -> None:

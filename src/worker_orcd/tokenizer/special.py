@@ -23,14 +23,10 @@ class SpecialTokens:
         hidden = frozenset(vocabulary.unsampleable)
         control = vocabulary.control - hidden
         user_defined = frozenset(vocabulary.of_type(TokenType.USER_DEFINED)) - hidden - control
-        self._ids = control | user_defined
         self._right_strip = right_strip
         tokens = vocabulary.tokens
-        self._every = _Finder.of({tokens[i]: i for i in self._ids})
+        self._every = _Finder.of({tokens[i]: i for i in control | user_defined})
         self._user_defined = _Finder.of({tokens[i]: i for i in user_defined})
-
-    def __contains__(self, token_id: int) -> bool:
-        return token_id in self._ids
 
     def split(self, text: str, parse_special: bool) -> Iterator[str | int]:
         """The text as non-empty strings and, between them, ids of special tokens."""

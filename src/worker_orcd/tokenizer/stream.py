@@ -30,7 +30,6 @@ class TextStream:
         self.matched: str | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._longest = max(map(len, self._stop), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
@@ -57,7 +56,7 @@ class TextStream:
             end, self.matched = found
             text, self._held = self._held[:end], ""
             return text
-        cut = len(self._held) - (0 if final else self._num_undecided())
+        cut = len(self._held) - (0 if final else num_undecided(self._held, self._stop))
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
@@ -67,10 +66,12 @@ class TextStream:
         ends = [(begin + len(stop), begin, stop) for begin, stop in found if begin >= 0]
         return min(ends)[1:] if ends else None
 
-    def _num_undecided(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        for length in range(min(self._longest - 1, len(self._held)), 0, -1):
-            end = self._held[-length:]
-            if any(stop.startswith(end) for stop in self._stop):
-                return length
-        return 0
+
+def num_undecided(text: str, markers: Sequence[str]) -> int:
+    """Length of the longest end of the text that begins a marker."""
+    longest = max(map(len, markers), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        end = text[-length:]
+        if any(marker.startswith(end) for marker in markers):
+            return length
+    return 0

@@ -78,7 +78,7 @@ def read_vocabulary(gguf: TypedAccess, add_bos: bool) -> Vocabulary:
         types = _guessed_types(gguf, tokens)
     if len(types) != len(tokens):
         raise ModelLoadFailed(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-    eog_ids = frozenset(_end_ids(gguf, ids, types))
+    eog_ids = _end_ids(gguf, ids, types)
     padding = frozenset(_padding(tokens, types))
     unused = {int(i) for i in np.flatnonzero(types == TokenType.UNUSED)}
     control = {int(i) for i in np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN)))}
@@ -138,23 +138,20 @@ def _special_id(gguf: TypedAccess, name: str, num_tokens: int) -> int | None:
     return gguf.get(f"tokenizer.ggml.{name}_token_id", int, None, min=0, max=num_tokens - 1)
 
 
-def _end_ids(gguf: TypedAccess, ids: dict[str, int], types: NDArray[Any]) -> Iterator[int]:
+def _end_ids(gguf: TypedAccess, ids: dict[str, int], types: NDArray[Any]) -> frozenset[int]:
     """Ids after which generation ends: those the file names, and those known by their text.
 
     Converters forget to mark such tokens as control (Phi-3's <|end|>), so the text alone decides; except that some
     vocabularies have learned tags of HTML like </s> as ordinary tokens, hence `<|` where the type is normal.
     """
-    for name in _END_KEYS:
-        token_id = _special_id(gguf, name, len(types))
-        if token_id is not None:
-            yield token_id
+    named = (_special_id(gguf, name, len(types)) for name in _END_KEYS)
     known = (END_TEXTS | BOUNDARY_TEXTS) & ids.keys()
     texts = {text for text in known if text.startswith("<|") or types[ids[text]] != TokenType.NORMAL}
+    ends = {token_id for token_id in named if token_id is not None} | {ids[text] for text in texts}
     # Harmony and its kin end a message, not the answer, with <|end|>: the answer ends with one of the others.
     if {"<|return|>", "<|call|>"} <= texts or {"<|flush|>", "<|calls|>"} <= texts:
-        texts -= {"<|end|>"}
-    for text in texts:
-        yield ids[text]
+        ends.discard(ids.get("<|end|>", -1))
+    return frozenset(ends)
 
 
 def _padding(tokens: list[str], types: NDArray[Any]) -> Iterator[int]:
