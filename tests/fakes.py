@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from worker_orcd.engine.request import (
     EngineStatus,
@@ -15,6 +15,8 @@ from worker_orcd.engine.request import (
     Failed,
     Finished,
     ModelInfo,
+    OnFreed,
+    PromptLogprobs,
     Request,
     Started,
     Timings,
@@ -23,6 +25,7 @@ from worker_orcd.engine.request import (
 from worker_orcd.errors import JobConflict, Overloaded, ShuttingDown, WorkerError
 
 EOS = 256
+FREED = Timings(1.5, 2.0, 30.0, 31.5, num_steps=7, num_chunks=3, num_preempted=1)  # the engine's last word on all
 STOP_REASONS = ("eos", "max_tokens", "context_length", "stop_sequence")
 
 
@@ -54,13 +57,20 @@ class ByteTokenizer:
 class UserTemplate:
     """A chat template in two brackets."""
 
-    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    source = "developer"  # a word that templates are searched for
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **extras: Any,  # noqa: ARG002
+    ) -> str:
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return text + ("<assistant>" if add_generation_prompt else "")
 
 
-# A token id, several at once, seconds to wait, a stop reason, a failure in band, or an exception to raise.
-Step = int | list[int] | float | str | Failed | Exception
+# A token id, several at once, seconds to wait, a stop reason, an event as it is, or an exception to raise.
+Step = int | list[int] | float | str | Failed | PromptLogprobs | Tokens | Exception
 
 
 def echo(request: Request) -> list[Step]:
@@ -110,6 +120,7 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self._asked: set[str] = set()
+        self.on_freed: OnFreed = lambda *_: None
         self.info = ModelInfo(
             name="scripted",
             path="/models/scripted.gguf",
@@ -140,8 +151,9 @@ class ScriptedEngine:
                     yield event
         finally:
             self._free(request.id, has_ended)
+            self.on_freed(request, FREED)
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, request_id: str, tenant: str = "") -> bool:  # noqa: ARG002 - one tenant is enough here
         if request_id not in self.running and request_id not in self.waiting:
             return False
         self._asked.add(request_id)
@@ -198,6 +210,8 @@ class ScriptedEngine:
             elif isinstance(step, Failed):
                 yield step
                 return
+            elif isinstance(step, PromptLogprobs | Tokens):
+                yield step
             elif isinstance(step, str):
                 assert step in STOP_REASONS
                 yield Finished(step, _timings(began_s, started_s))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,11 +19,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.metrics import MetricsPage
 from worker_orcd.engine.request import InferenceEngine
-from worker_orcd.errors import Internal, InvalidRequest, Overloaded, WorkerError
+from worker_orcd.errors import Internal, InvalidRequest, Overloaded, Unauthorized, WorkerError
 from worker_orcd.narration import Narrator
+from worker_orcd.server import anthropic
+from worker_orcd.server.auth import CHALLENGE, ApiKeys
 from worker_orcd.server.control import Control, ControlRoutes
 from worker_orcd.server.exchange import Exchange, check_origin, read_exchange
 from worker_orcd.server.execute import Execute
+from worker_orcd.server.openai.prepare import Preparer as ChatPreparer
+from worker_orcd.server.openai.routes import openai_routes
+from worker_orcd.server.openai.wire import error_document
+from worker_orcd.server.page import page_routes
+from worker_orcd.server.pipeline import Endpoint, Pipeline
 from worker_orcd.server.prepare import ChatTemplate, Preparer
 from worker_orcd.server.schemas import error_body
 
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
 
 RETRY_ELSEWHERE_S = "1"  # another worker can take it at once
+LIVENESS = ("/health", frozenset({"GET", "HEAD"}))  # the one route that answers without a key
 
 
 def create_app(
@@ -44,7 +53,9 @@ def create_app(
     control = Control(config.shutdown_timeout_sec)
     routes = ControlRoutes(control, engine, tokenizer, config, metrics)
     preparer = Preparer(engine, tokenizer, chat_template, config)
-    execute = Execute(engine, tokenizer, preparer, control, narrator, metrics)
+    pipeline = Pipeline(engine, control, narrator, metrics)
+    execute = Endpoint(pipeline, Execute(engine, tokenizer, preparer).prepare, preparer.is_quick)
+    chats = ChatPreparer(engine, tokenizer, chat_template, config)
     errors = Errors(narrator, metrics)
     app = Starlette(
         routes=[
@@ -55,8 +66,12 @@ def create_app(
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/cancel", routes.cancel, methods=["POST"]),
             Route("/shutdown", routes.shutdown, methods=["POST"]),
+            Route("/v1/requests/{id:path}", pipeline.passports.show, methods=["GET"]),
+            *openai_routes(pipeline, chats),
+            *anthropic.anthropic_routes(pipeline, chats),
+            *page_routes(),
         ],
-        middleware=[Middleware(Edge, errors=errors)],
+        middleware=[Middleware(Edge, errors=errors, keys=ApiKeys.of(config), is_loopback=config.is_loopback)],
         exception_handlers={HTTPException: errors.answer, WorkerError: errors.answer},
     )
     app.router.redirect_slashes = False
@@ -77,7 +92,7 @@ class Errors:
         error, status, headers = _classify(failure)
         self._metrics.record_refusal(error.code)
         self._narrate(exchange, error, status, failure)
-        body = error_body(error, exchange.correlation_id)
+        body = _error_body(connection.scope["path"], error, status, exchange.correlation_id)
         return Response(body, status, headers, media_type="application/json")
 
     def warn_deadline(self, exchange: Exchange) -> None:
@@ -110,12 +125,23 @@ class Errors:
         )
 
 
+def _error_body(path: str, error: WorkerError, status: int, correlation_id: str) -> bytes:
+    """In the dialect of the route."""
+    if path.startswith(anthropic.PATH):
+        return msgspec.json.encode(anthropic.error_document(error, status, correlation_id))
+    if path.startswith("/v1/") and not path.startswith("/v1/requests/"):
+        return msgspec.json.encode(error_document(error, status, correlation_id))
+    return error_body(error, correlation_id)
+
+
 def _classify(failure: Exception) -> tuple[WorkerError, int, dict[str, str]]:
     if isinstance(failure, HTTPException):
         message = failure.detail or HTTPStatus(failure.status_code).phrase
         return InvalidRequest(message), failure.status_code, dict(failure.headers or {})
     if isinstance(failure, Overloaded):
         return failure, failure.http_status, {"retry-after": str(failure.retry_after_s)}
+    if isinstance(failure, Unauthorized):
+        return failure, failure.http_status, CHALLENGE
     if isinstance(failure, WorkerError):
         is_elsewhere = failure.retriable and failure.http_status == 503
         return failure, failure.http_status, {"retry-after": RETRY_ELSEWHERE_S} if is_elsewhere else {}
@@ -123,11 +149,13 @@ def _classify(failure: Exception) -> tuple[WorkerError, int, dict[str, str]]:
 
 
 class Edge:
-    """Outermost: gives each exchange its correlation id, checks where it comes from, catches what nobody caught."""
+    """Outermost: gives each exchange its correlation id, checks who asks from where, catches what nobody caught."""
 
-    def __init__(self, app: ASGIApp, errors: Errors) -> None:
+    def __init__(self, app: ASGIApp, errors: Errors, keys: ApiKeys, is_loopback: bool) -> None:
         self._app = app
         self._errors = errors
+        self._keys = keys
+        self._is_loopback = is_loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -140,7 +168,8 @@ class Edge:
         try:
             if exchange.is_deadline_malformed:
                 self._errors.warn_deadline(exchange)
-            check_origin(headers)
+            check_origin(headers, self._is_loopback)
+            exchange.tenant = self._tenant(scope, headers)
             await self._app(scope, receive, sender)
         except ClientDisconnect:
             return
@@ -148,6 +177,15 @@ class Edge:
             response = await self._errors.answer(HttpRequest(scope), failure)
             if not sender.has_started:
                 await response(scope, receive, sender)
+
+    def _tenant(self, scope: Scope, headers: Headers) -> str | None:
+        try:
+            return self._keys.tenant(headers)
+        except Unauthorized:
+            path, methods = LIVENESS
+            if scope["path"] == path and scope["method"] in methods:
+                return None
+            raise
 
 
 class _Sender:

@@ -1,128 +1,105 @@
-"""`POST /execute`: prepares a body, runs it and narrates how it went."""
+"""The dialect of `POST /execute`: started, one event a token, metrics on request, then end or error."""
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from starlette.requests import Request as HttpRequest
-from starlette.types import Receive, Scope, Send
-
-from worker_orcd.engine.metrics import MetricsHook, Outcome
-from worker_orcd.engine.request import InferenceEngine
-from worker_orcd.errors import InferenceTimeout
-from worker_orcd.narration import Narrator
-from worker_orcd.server.body import read_body
-from worker_orcd.server.control import Control
+from worker_orcd.engine.request import InferenceEngine, Tokens
+from worker_orcd.errors import WorkerError
+from worker_orcd.narration import rfc3339
 from worker_orcd.server.exchange import Exchange
-from worker_orcd.server.generation import Generation
+from worker_orcd.server.generation import Answer, Run
 from worker_orcd.server.prepare import Prepared, Preparer
-from worker_orcd.server.sse import EventStream
+from worker_orcd.server.receipt import receipt_of
+from worker_orcd.server.sse import EndEvent, ErrorEvent, MetricsEvent, StartedEvent, frame, token_frame
 from worker_orcd.tokenizer.stream import TextStream
 
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
 
-_OUTCOMES: dict[str | None, Outcome] = {
-    None: "success",
-    "CANCELLED": "cancelled",
-    "SLOW_CLIENT": "cancelled",
-    "INFERENCE_TIMEOUT": "timeout",
-}
+METRICS_S = 0.5
 
 
 class Execute:
-    """The ASGI endpoint of `/execute`."""
+    """Makes answers from bodies."""
 
-    def __init__(
-        self,
-        engine: InferenceEngine,
-        tokenizer: Tokenizer,
-        preparer: Preparer,
-        control: Control,
-        narrator: Narrator,
-        metrics: MetricsHook,
-    ) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._preparer = preparer
-        self._control = control
-        self._narrator = narrator
-        self._metrics = metrics
-        self._thread = ThreadPoolExecutor(1, "prepare")
-        self._num_preparing = 0
+    def __init__(self, engine: InferenceEngine, tokenizer: Tokenizer, preparer: Preparer) -> None:
+        self._engine, self._tokenizer, self._preparer = engine, tokenizer, preparer
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange: Exchange = scope["state"]["exchange"]
-        remaining_s = exchange.remaining_s()
-        if remaining_s is not None and remaining_s <= 0:
-            raise InferenceTimeout("X-Deadline has already passed")
-        raw = await read_body(HttpRequest(scope, receive))
-        self._control.check_open()
-        self._engine.check_room(self._num_preparing)
-        prepared = await self._prepare(raw, exchange)
-        with self._control.open(prepared.request.id, exchange.remaining_s()) as job:
-            text, stream = TextStream(self._tokenizer, prepared.stop), EventStream(send)
-            generation = Generation(self._engine, prepared, text, stream, exchange, self._metrics)
-            self._narrate_start(prepared, exchange)
-            try:
-                await generation.serve(job, receive)
-            finally:
-                outcome = _OUTCOMES.get(generation.tally.code, "error")
-                self._narrate_end(generation, prepared, exchange, outcome)
-                if stream.is_open:  # else it is answered, and counted, as a refusal
-                    tokens_in = len(prepared.request.prompt_ids)
-                    self._metrics.record_inference_complete(outcome, exchange.age_ms(), tokens_in)
+    def prepare(self, raw: bytes, exchange: Exchange) -> ExecuteAnswer:
+        """Raises InvalidRequest naming every bad field."""
+        prepared = self._preparer.prepare(raw, exchange.remaining_s(), exchange.tenant or "")
+        run = Run(prepared.request, TextStream(self._tokenizer, prepared.stop))
+        return ExecuteAnswer(self._engine, prepared, run, exchange.wants_full_receipt)
 
-    async def _prepare(self, raw: bytes, exchange: Exchange) -> Prepared:
-        """Long work goes to the one thread for it: several would take turns with the event loop, at its cost."""
-        if self._preparer.is_quick(raw):
-            return self._preparer.prepare(raw, exchange.remaining_s())
-        self._num_preparing += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, self._prepare_if_open, raw, exchange)
-        finally:
-            self._num_preparing -= 1
 
-    def _prepare_if_open(self, raw: bytes, exchange: Exchange) -> Prepared:
-        self._control.check_open()  # it may have waited; at the end nobody waits for it any more
-        return self._preparer.prepare(raw, exchange.remaining_s())
+class ExecuteAnswer(Answer):
+    """A stream that begins with `started`, even when it ends in the queue."""
 
-    def _narrate_start(self, prepared: Prepared, exchange: Exchange) -> None:
-        request = prepared.request
-        self._narrator.narrate(
-            "execute_start",
-            f"took a job of {len(request.prompt_ids)} prompt tokens",
-            component="server",
-            action="accept",
-            target=request.id,
-            job_id=request.id,
-            correlation_id=exchange.correlation_id,
-            tokens_in=len(request.prompt_ids),
-            max_tokens=request.max_tokens,
-            prompt_chars=prepared.num_prompt_chars,
-            prompt_sha256=prepared.prompt_sha256,
+    opens_for_failures = True
+
+    def __init__(self, engine: InferenceEngine, prepared: Prepared, run: Run, wants_full_receipt: bool) -> None:
+        super().__init__(prepared.request.id, [run], prepared.num_prompt_chars, prepared.prompt_sha256)
+        self._engine, self._run, self._rest = engine, run, ""
+        self._wants_full_receipt = wants_full_receipt
+        if prepared.wants_metrics:
+            self.pulse_s = METRICS_S
+
+    def started(self, run: Run) -> bytes:
+        started = StartedEvent(
+            job_id=self.job_id,
+            model=self._engine.info.name,
+            started_at=rfc3339(datetime.now(UTC)),
+            seed=run.request.sampling.seed,
+            prompt_tokens=len(run.request.prompt_ids),
+            cached_tokens=run.cached_tokens,
         )
+        return frame("started", started)
 
-    def _narrate_end(self, generation: Generation, prepared: Prepared, exchange: Exchange, outcome: Outcome) -> None:
-        request, tally = prepared.request, generation.tally
-        self._narrator.narrate(
-            "execute_end",
-            f"ended a job after {tally.num_tokens} tokens: {tally.stop_reason or tally.code}",
-            level="warn" if outcome == "error" else "info",
-            component="server",
-            action="finish",
-            target=request.id,
-            job_id=request.id,
-            correlation_id=exchange.correlation_id,
-            outcome=outcome,
-            code=tally.code,
-            reason=tally.cause,
-            stop_reason=tally.stop_reason,
-            tokens_in=len(request.prompt_ids),
-            tokens_out=tally.num_tokens,
-            first_token_ms=tally.first_token_ms,
-            decode_time_ms=tally.decode_ms,
+    def tokens(self, run: Run, event: Tokens) -> bytes:
+        frames = []
+        for i, token_id in enumerate(event.ids, event.index):
+            frames.append(token_frame(run.push(token_id), i, token_id))
+            if run.is_complete:
+                break
+        return b"".join(frames)
+
+    def ended(self, run: Run, rest: str) -> bytes:  # noqa: ARG002 - its event is the last one
+        self._rest = rest
+        return b""
+
+    def closing(self) -> bytes:
+        run = self._run
+        assert run.stop_reason is not None
+        assert run.decode_ms is not None
+        end = EndEvent(
+            tokens_out=run.num_tokens,
+            decode_time_ms=run.decode_ms,
+            stop_reason=run.stop_reason,
+            seed=run.request.sampling.seed,
+            cached_tokens=run.cached_tokens,
+            stop_sequence_matched=run.text.matched,
+            t=self._rest,
+            receipt=receipt_of(run, self._engine.info, self._wants_full_receipt),
         )
+        return self._opening() + frame("end", end)
+
+    def failed(self, error: WorkerError) -> bytes:
+        return self._opening() + frame("error", ErrorEvent(error.code, error.message, error.retriable))
+
+    def pulse(self) -> bytes:
+        status, num_tokens, elapsed_ms = self._engine.status(), self._run.num_tokens, self._run.elapsed_ms()
+        metrics = MetricsEvent(
+            job_id=self.job_id,
+            tokens_out=num_tokens,
+            decode_time_ms=elapsed_ms,
+            tokens_per_second=round(num_tokens * 1e3 / max(elapsed_ms, 1e-3), 3),
+            vram_bytes=status.vram_bytes_used,
+            num_running=status.num_running,
+            num_waiting=status.num_waiting,
+        )
+        return frame("metrics", metrics)
+
+    def _opening(self) -> bytes:
+        return self.started(self._run) if self._run.started_s is None else b""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,7 +33,11 @@ QUICK_BYTES = 2048
 class ChatTemplate(Protocol):
     """Renders messages to the text the model was trained on; raises TemplateError."""
 
-    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+    source: str
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extras: Any
+    ) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Preparer:
         """Whether preparing takes well below a millisecond: a short body whose prompt goes through no template."""
         return len(raw) <= QUICK_BYTES and b"template" not in raw and b"\\u" not in raw  # which could spell it
 
-    def prepare(self, raw: bytes, remaining_s: float | None) -> Prepared:
-        """The request in `raw`, its time bounded by `remaining_s`; raises InvalidRequest naming every bad field."""
+    def prepare(self, raw: bytes, remaining_s: float | None, tenant: str) -> Prepared:
+        """`tenant`'s request in `raw`, bounded by `remaining_s`; raises InvalidRequest naming every bad field."""
         document = parse_object(raw)
         fields, errors = check_fields(document, self._rules, REQUIRED)
         errors += check_unsupported(document)
@@ -78,9 +82,9 @@ class Preparer:
             names = ", ".join(dict.fromkeys(error.field for error in errors))
             raise InvalidRequest(f"{len(errors)} problem(s) with the request, in: {names}", errors)
         fields.setdefault("max_tokens", self._max_tokens)
-        return self._prepared(ExecuteBody(**fields), ids, remaining_s)
+        return self._prepared(ExecuteBody(**fields), ids, remaining_s, tenant)
 
-    def _prepared(self, body: ExecuteBody, ids: list[int], remaining_s: float | None) -> Prepared:
+    def _prepared(self, body: ExecuteBody, ids: list[int], remaining_s: float | None, tenant: str) -> Prepared:
         sampling = SamplingParams(
             seed=secrets.randbelow(MAX_UINT64 + 1) if body.seed is None else body.seed,
             temperature=body.temperature,
@@ -90,7 +94,8 @@ class Preparer:
             repetition_penalty=body.repetition_penalty,
         )
         timeout_s = self._timeout_s if remaining_s is None else min(self._timeout_s, remaining_s)
-        request = Request(body.job_id, ids, body.max_tokens, sampling, timeout_s, PRIORITIES[body.priority])
+        priority = PRIORITIES[body.priority]
+        request = Request(body.job_id, ids, body.max_tokens, sampling, timeout_s, priority, tenant)
         digest = hashlib.sha256(body.prompt.encode()).hexdigest()
         return Prepared(request, tuple(body.stop), body.metrics, len(body.prompt), digest)
 

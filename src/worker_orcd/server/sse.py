@@ -14,8 +14,10 @@ import msgspec
 from starlette.types import Send
 
 from worker_orcd.engine.request import StopReason
+from worker_orcd.server.receipt import Receipt
 
 KEEP_ALIVE = b": keep-alive\n\n"
+PIECE_BYTES = 16 * 1024
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -66,6 +68,7 @@ class EndEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     cached_tokens: int
     stop_sequence_matched: str | None = None
     t: str = ""
+    receipt: Receipt | None = None
 
 
 class ErrorEvent(msgspec.Struct, frozen=True):
@@ -115,6 +118,17 @@ class EventStream:
         if not self.is_open:
             await self._open()
         await self._send({"type": "http.response.body", "body": terminal, "more_body": False})
+
+    async def respond(self, body: bytes) -> None:
+        """Send one JSON document instead of a stream, in pieces, so that a slow reader holds up the next one."""
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        self.is_open = True
+        for begin in range(0, len(body), PIECE_BYTES):
+            rest = begin + PIECE_BYTES < len(body)
+            await self._send(
+                {"type": "http.response.body", "body": body[begin : begin + PIECE_BYTES], "more_body": rest}
+            )
 
     async def _open(self) -> None:
         async with self._opening:
