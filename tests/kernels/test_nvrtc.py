@@ -13,6 +13,7 @@ from worker_orcd.kernels.gpu import Card
 from worker_orcd.kernels.linear.linear import kernel_of
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear
 from worker_orcd.kernels.ops.ops import KV_BITS
+from worker_orcd.kernels.ops.sample import SOURCE
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.format import FORMATS
 
@@ -46,6 +47,7 @@ def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
 
 
 OTHERS = [
+    ("gather_rows", defined(PLAIN=1)),
     ("add_norm", defined(WIDTH=4096)),
     ("add_norm", defined(WIDTH=36)),
     *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2)) for bits in KV_BITS.values()),
@@ -54,13 +56,14 @@ OTHERS = [
     ("arrange", defined(EXPERTS=32, USED=4)),
     ("to_image", defined(PLAIN=1)),
     ("total", defined(PLAIN=1)),
+    ("sample", ()),
 ]
 
 
 @EVERY_CARD
 @pytest.mark.parametrize(("name", "options"), OTHERS)
 def test_the_other_kernels_compile(name: str, options: tuple[str, ...], arch: str) -> None:
-    source = Source("ops", "rows.cu", options)
+    source = SOURCE if name == "sample" else Source("ops", "rows.cu", options)
     assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 

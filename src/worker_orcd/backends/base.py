@@ -149,11 +149,24 @@ class AttentionKernel(Protocol):
         ...
 
 
+class SampleKernel(Protocol):
+    def __call__(self, logits: Tensor, table: Tensor) -> Tensor:
+        """Next tokens: f32 [R, V] → i64 [2, R], tokens, and whether the row's logits are finite.
+
+        table f64 [6, R]: temperature, greedy (0 or 1), top-k, top-p, min-p, the draw in [0, 1).
+        """
+        ...
+
+
 class Backend(Protocol):
     """About ten operations, each row-invariant."""
 
     name: str
     device: torch.device
+
+    def sample_kernel(self, banned: list[int], vocab_size: int) -> SampleKernel | None:
+        """What draws tokens, of which `banned` never wins; None: engine/sampler.py is to do it with torch."""
+        ...
 
     def can_record(self, head_dim: int) -> bool:
         """Whether steps never wait for the device, so that they can be recorded as a CUDA graph."""

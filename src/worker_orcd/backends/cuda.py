@@ -23,6 +23,7 @@ from worker_orcd.backends.base import (
     Operand,
     Projection,
     Rope,
+    SampleKernel,
     Sums,
 )
 from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
@@ -35,6 +36,7 @@ from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_b
 from worker_orcd.kernels.ops import ops
 from worker_orcd.kernels.ops.experts import ExpertOps, Routing
 from worker_orcd.kernels.ops.ops import Ops
+from worker_orcd.kernels.ops.sample import banned_bits, sample
 from worker_orcd.quant.repack import check_scales, dequantize_rows, pack, row_places
 from worker_orcd.quant.tiles import TILE_ROWS, packed_bytes
 
@@ -56,11 +58,15 @@ class CudaBackend:
     def __init__(self, device: torch.device, gpu: Gpu | None = None) -> None:
         """Runs the self-test. Raises CudaError on a card that does not pass it."""
         gpu = gpu or Gpu(device)
-        self.device = gpu.device
+        self.device, self._gpu = gpu.device, gpu
         self._ops, self._linear = Ops(gpu), Linear(gpu)
         self._experts = ExpertOps(gpu, self._ops)
         self._basic: AttentionKernel = BasicAttention()
         check_equal_bits(self._linear, self._ops, self.device)
+
+    def sample_kernel(self, banned: list[int], vocab_size: int) -> SampleKernel | None:
+        bits = banned_bits(banned, vocab_size, self.device)
+        return lambda logits, table: sample(self._gpu, logits, table, bits)
 
     def can_record(self, head_dim: int) -> bool:
         return takes(head_dim)

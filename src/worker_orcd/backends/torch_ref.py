@@ -33,6 +33,7 @@ from worker_orcd.backends.base import (
     Part,
     Projection,
     Rope,
+    SampleKernel,
     Sums,
     value_of,
 )
@@ -60,6 +61,9 @@ class TorchBackend:
         self.device = device
         self._attention: AttentionKernel = BasicAttention()
         self._row_tiles: dict[tuple[int, int], int] = {}
+
+    def sample_kernel(self, banned: list[int], vocab_size: int) -> SampleKernel | None:  # noqa: ARG002
+        return None
 
     def can_record(self, head_dim: int) -> bool:  # noqa: ARG002
         return False

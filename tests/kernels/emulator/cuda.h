@@ -167,7 +167,7 @@ static inline void __syncwarp() { u32 none = 0; emu::exchange(&none, 1); }
 template <class T>
 static T __shfl_sync(u32, T v, int from) {
   T out;
-  memcpy(&out, emu::exchange(&v, 1)[from & 31], 4);
+  memcpy(&out, emu::exchange(&v, sizeof(T) / 4)[from & 31], sizeof(T));
   return out;
 }
 template <class T>
@@ -177,7 +177,23 @@ static T __shfl_up_sync(u32, T v, int by) {
   const T other = __shfl_sync(~0u, v, emu::lane() - by);
   return emu::lane() >= by ? other : v;
 }
-static inline int atomicAdd(int* at, int v) { const int before = *at; *at += v; return before; }
+static inline u32 __ballot_sync(u32, bool v) {
+  const u32 mine = v;
+  u32(*const slots)[8] = emu::exchange(&mine, 1);
+  u32 out = 0;
+  for (int i = 0; i < 32; i++) out |= slots[i][0] << i;
+  return out;
+}
+static inline u32 __match_any_sync(u32, int v) {
+  u32(*const slots)[8] = emu::exchange(&v, 1);
+  u32 out = 0;
+  for (int i = 0; i < 32; i++) out |= (u32)((int)slots[i][0] == v) << i;
+  return out;
+}
+static inline int __ffs(u32 v) { return __builtin_ffs(v); }
+static inline int __popc(u32 v) { return __builtin_popcount(v); }
+template <class T>
+static T atomicAdd(T* at, T v) { const T before = *at; *at += v; return before; }
 static inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 static inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 static inline float __int_as_float(int v) { return __uint_as_float(v); }

@@ -1,0 +1,113 @@
+"""The sampler on the device: the tokens of engine/sampler.py, for every mixture of parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.kernels.conftest import NO_COMPILER
+from tests.kernels.emulator.gpu import EmulatedGpu
+from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.ops.sample import banned_bits, sample
+
+OFF = 2.0**62
+UNITS = 2.0**40
+
+
+def expected(logits: Tensor, table: Tensor, banned: list[int]) -> list[int]:
+    """By the definition: sort, keep a prefix, walk along the vocabulary."""
+    tokens = []
+    for row, (temperature, greedy, top_k, top_p, min_p, uniform) in zip(logits, table.T.tolist(), strict=True):
+        scores = row.double().clone()
+        scores[banned] = -torch.inf
+        if greedy:
+            tokens.append(int(scores.argmax()))
+            continue
+        scores = scores / temperature
+        weights = (torch.exp(scores - scores.max()) * UNITS).round().long()
+        order = scores.argsort(descending=True, stable=True)
+        kept = weights[order].clone()
+        kept[int(min(top_k, len(kept))) :] = 0
+        before = kept.cumsum(0) - kept
+        keep = (before.double() < top_p * float(kept.sum())) | torch.tensor(top_p >= 1)
+        keep &= kept.double() >= min_p * float(kept[0])
+        keep[0] = True
+        final = torch.zeros_like(weights).scatter_(0, order, kept * keep)
+        total = int(final.sum())
+        target = min(int(uniform * total), total - 1)
+        tokens.append(int((final.cumsum(0) <= target).sum()))
+    return tokens
+
+
+def table_of(*rows: tuple[float, ...]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).T.contiguous()
+
+
+def run(gpu: Gpu, logits: Tensor, table: Tensor, banned: list[int]) -> tuple[list[int], list[int]]:
+    bits = banned_bits(banned, logits.shape[1], gpu.device)
+    tokens, finite = sample(gpu, logits.to(gpu.device), table.to(gpu.device), bits).tolist()
+    return tokens, finite
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 1000, 3001])
+def test_every_parameter(vocab: int, gpu: Gpu) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    draws = torch.rand(14, generator=generator, dtype=torch.float64).tolist()
+    base = (1.0, 0.0, OFF, 1.0, 0.0)
+    params = [base, (0.5, *base[1:]), (1.0, 1.0, *base[2:]), (1.0, 0, 5, 1.0, 0.0), (2.0, 0, OFF, 0.7, 0.0),
+              (1.0, 0, OFF, 1.0, 0.2), (1.5, 0, 40, 0.9, 0.05), (1.0, 0, 1, 0.5, 0.0), (1.0, 0, OFF, 1e-9, 0.0),
+              (1e-4, *base[1:]), (1.0, 0, OFF, 1.0, 1.0), (100.0, 0, vocab, 0.999999, 0.0), base, base]  # fmt: skip
+    draws[-2:] = [0.0, 1.0 - 2**-53]
+    table = table_of(*((*p, u) for p, u in zip(params, draws, strict=True)))
+    logits = torch.randn(len(params), vocab, generator=generator) * 4
+    banned = [1, vocab - 2, 7] if vocab > 10 else []
+    tokens, finite = run(gpu, logits, table, banned)
+    assert tokens == expected(logits, table, banned)
+    assert all(finite)
+
+
+@NO_COMPILER
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([-3.0, -0.0, 0.0, 1.0, 1.0000001, 2.0, 60.0, -1e30]), min_size=1, max_size=70),
+    st.sampled_from([0.3, 1.0, 7.0]),
+    st.sampled_from([1.0, 2.0, 5.0, 33.0, OFF]),
+    st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0 - 2**-53]),
+)
+def test_equal_logits_are_taken_by_index(
+    values: list[float], temperature: float, top_k: float, top_p: float, min_p: float, uniform: float
+) -> None:
+    logits, table = torch.tensor([values]), table_of((temperature, 0.0, top_k, top_p, min_p, uniform))
+    tokens, _ = run(EmulatedGpu(), logits, table, [])
+    assert tokens == expected(logits, table, [])
+
+
+def test_rows_that_are_not_numbers_stay_alone(gpu: Gpu) -> None:
+    logits = torch.randn(5, 300)
+    table = table_of(*((1.0, float(row == 3), OFF, 0.9, 0.0, 0.3) for row in range(5)))
+    whole, _ = run(gpu, logits, table, [0])
+    logits[1, 5], logits[2, 299], logits[3, 0] = torch.nan, torch.inf, -torch.inf
+    tokens, finite = run(gpu, logits, table, [0])
+    assert finite == [1, 0, 0, 0, 1]
+    assert [tokens[0], tokens[4]] == [whole[0], whole[4]]
+
+
+def test_nothing_allowed_and_no_rows(gpu: Gpu) -> None:
+    table = table_of((1.0, 0.0, OFF, 1.0, 0.0, 0.5))
+    assert run(gpu, torch.zeros(1, 3), table, [0, 1, 2])[1] == [0]
+    assert run(gpu, torch.zeros(0, 3), table[:, :0].contiguous(), []) == ([], [])
+    with pytest.raises(ValueError, match="parameters"):
+        run(gpu, torch.zeros(2, 3), table, [])
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_order_in_which_threads_run_does_not_matter(order: int) -> None:
+    logits = torch.randn(3, 500) * 3
+    table = table_of((1.0, 0, 50, 0.9, 0.0, 0.4), (1.0, 0, OFF, 0.5, 0.0, 0.9), (0.7, 0, OFF, 1.0, 0.0, 0.1))
+    assert run(EmulatedGpu(order=order), logits, table, [3]) == run(EmulatedGpu(), logits, table, [3])
