@@ -8,13 +8,13 @@ With --model it is the speed of that model through the same engine: prefill and 
 
     python benchmarks/bench_engine.py [--sizes 1,8,64,256] [--steps 400] [--profile] [--out FILE]
     python benchmarks/bench_engine.py --model FILE --device cuda [--batch 8] [--prompt 512] [--tokens 128]
+    python benchmarks/bench_engine.py --model synthetic:llama-3.1-8b:Q4_K_M --batch 64
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
-import itertools
 import pstats
 import random
 import statistics
@@ -23,57 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from fake_engine import build_fake_core
 from fake_options import FakeOptions
 from results import add_out, finish, spread
+from rich.console import Console
 
-from worker_orcd.assemble import build_core, draw_up, embedded_model, load_runtime
+from worker_orcd.assemble import embedded_model
+from worker_orcd.commands.bench import synthetic_model
+from worker_orcd.commands.engine_driver import Driver, load_core, run_batch
 from worker_orcd.config import WorkerConfig
-from worker_orcd.engine.core import EngineCore, Output
-from worker_orcd.engine.loop import Report
-from worker_orcd.engine.request import Finished, Request, SamplingParams, Tokens
+from worker_orcd.engine.request import Finished
 
 CONTEXT = 4096
 BLOCK = 32
-ENCODE = msgspec.msgpack.Encoder().encode
-
-
-class Driver:
-    """An engine that is fed and turned here, with the time of every step, message included."""
-
-    def __init__(self, core: EngineCore) -> None:
-        self.core = core
-        self.step_ms: list[float] = []
-        self._numbers, self._random = itertools.count(1), random.Random(0)
-
-    def submit(self, prompt: int, max_tokens: int, head: list[int] | None = None) -> None:
-        """One more request, of random ids after those of `head`."""
-        ids = [*(head or []), *self._random.choices(range(256), k=prompt - len(head or []))]
-        number = next(self._numbers)
-        sampling = SamplingParams(seed=number, temperature=0.8, top_p=0.95)
-        self.core.submit(number, Request(f"bench-{number}", ids, max_tokens, sampling, timeout_s=1e6))
-
-    def turn(self) -> Output:
-        began = time.perf_counter()
-        output = self.core.tick()
-        ENCODE(Report(output))
-        self.step_ms.append((time.perf_counter() - began) * 1e3)
-        return output
-
-    def settle(self, size: int) -> int:
-        """Until all `size` sequences have their first token; returns how many tokens that makes."""
-        num_begun = num_tokens = 0
-        while num_begun < size:
-            new = [event for _, event in self.turn().events if isinstance(event, Tokens)]
-            num_begun += sum(event.index == 0 for event in new)
-            num_tokens += sum(len(event.ids) for event in new)
-        self.step_ms.clear()
-        return num_tokens
-
-    def finish(self) -> None:
-        while self.core.has_work:
-            self.turn()
 
 
 def fake_driver(max_batch: int, max_step_tokens: int = 512) -> Driver:
@@ -147,36 +109,20 @@ def host_times(sizes: list[int], steps: int) -> dict[str, Any]:
 def model_speed(config: WorkerConfig, batch: int, prompt: int, tokens: int, repeat: int) -> dict[str, Any]:
     """Medians of `repeat` runs of `batch` requests at once, random ids, after one run that warms up."""
     began = time.perf_counter()
-    blueprint = draw_up(config)
-    runtime = load_runtime(config, blueprint, lambda *_: None)
-    core, facts = build_core(config, blueprint, runtime, frozenset(), [])
+    core, facts = load_core(config)
     load_s = time.perf_counter() - began
-    runs = [_run(core, batch, prompt, tokens) for _ in range(repeat + 1)][1:]
-    prefill_s, token_s, step_ms = (statistics.median(column) for column in zip(*runs, strict=True))
+    runs = [run_batch(core, batch, prompt, tokens) for _ in range(repeat + 1)][1:]
+    prefill_s = statistics.median(run.prefill_s for run in runs)
     return {
         "model": facts.info.name,
         "quant": facts.info.quant_kind,
         "backend": facts.info.backend,
         "prefill_tokens_per_second": round(batch * prompt / prefill_s, 1),
-        "decode_tokens_per_second": round(1 / token_s, 1),
-        "decode_step_ms": round(step_ms, 3),
+        "decode_tokens_per_second": round(1 / statistics.median(run.token_s for run in runs), 1),
+        "decode_step_ms": round(statistics.median(statistics.median(run.step_ms) for run in runs), 3),
         "first_token_of_all_ms": round(prefill_s * 1e3, 2),
         "load_s": round(load_s, 2),
     }
-
-
-def _run(core: EngineCore, batch: int, prompt: int, tokens: int) -> tuple[float, float, float]:
-    """Seconds until all have their first token, seconds a token from there on, median milliseconds of those steps."""
-    driver = Driver(core)
-    core.drop_cache()
-    for _ in range(batch):
-        driver.submit(prompt, tokens)
-    began = time.perf_counter()
-    num_first = driver.settle(batch)
-    first = time.perf_counter()
-    driver.finish()
-    ended = time.perf_counter()
-    return first - began, (ended - first) / (batch * tokens - num_first), statistics.median(driver.step_ms)
 
 
 def profiled(work: Callable[[], object]) -> None:
@@ -190,7 +136,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="1,8,64,256", help="sequences in steady decode")
     parser.add_argument("--steps", type=int, default=400, help="steps measured in each case (default 400)")
     parser.add_argument("--profile", action="store_true", help="show instead where the time of each --sizes goes")
-    parser.add_argument("--model", type=Path, help="measure this GGUF file; `haiku` is the embedded one")
+    parser.add_argument("--model", help="measure this GGUF file, `haiku`, which is embedded, or synthetic:NAME:QUANT")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="for --model")
     parser.add_argument("--batch", type=int, default=1, help="requests at once, for --model (default 1)")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens, for --model (default 32)")
@@ -207,7 +153,10 @@ def main() -> None:
         settings = {"sizes": sizes, "steps": args.steps}
         finish("engine-host-time", settings, host_times(sizes, args.steps), args.out)
         return
-    model = embedded_model() if str(args.model) == "haiku" else args.model
+    kind, _, name = args.model.partition("synthetic:")
+    model = (
+        embedded_model() if kind == "haiku" else Path(kind) if kind else synthetic_model(name, Console(stderr=True))
+    )
     context = args.prompt + args.tokens + 1
     config = WorkerConfig(model=model, device=args.device, context_length=context, max_batch=args.batch)
     settings = {name: getattr(args, name) for name in ("device", "batch", "prompt", "tokens", "repeat")}

@@ -6,17 +6,17 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker_orcd.gguf.types import DEFAULT_ALIGNMENT, GgmlType, ValueType
 
-TensorData = bytes | bytearray | memoryview | NDArray[Any]
+TensorData = bytes | bytearray | memoryview | NDArray[Any] | Callable[[], Iterable[bytes]]
 Tensor = tuple[str, Sequence[int], GgmlType, TensorData]
 
 _VALUE_TYPES = {
@@ -38,7 +38,11 @@ class _Row(NamedTuple):
     name: str
     shape: Sequence[int]
     type: GgmlType
-    stored: bytes
+    data: bytes | Callable[[], Iterable[bytes]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
 
 
 def write_gguf(
@@ -51,7 +55,7 @@ def write_gguf(
 
     Scalars: bool; int as uint32, else int32, uint64, int64, whichever holds it first; float as float32; str.
     Arrays: list of str, bool, int (int32) or float (float32), not empty; a numpy array or scalar, which keeps
-    its own type.
+    its own type. Stored bytes may be a function that yields them in pieces, called when it is their turn.
     `general.alignment` is written when `alignment` (bytes) is not the default 32. The file appears under its
     name only once complete. Raises ValueError for a value of no such type or data of the wrong size.
     """
@@ -66,7 +70,7 @@ def write_gguf(
             file.write(header)
             for row in rows:
                 file.write(bytes(-file.tell() % alignment))
-                file.write(row.stored)
+                _write_data(file, row)
         os.chmod(partial, 0o644)
         os.replace(partial, target)
     except BaseException:
@@ -74,14 +78,39 @@ def write_gguf(
         raise
 
 
+def write_sparse(
+    path: str | PathLike[str], metadata: Mapping[str, Any], tensors: Iterable[tuple[str, Sequence[int], GgmlType]]
+) -> None:
+    """Write the header of such a file and make it as long as it would be, with holes where the tensors belong."""
+    rows = [_row(name, shape, kind, lambda: ()) for name, shape, kind in tensors]
+    header = _header(metadata, rows, DEFAULT_ALIGNMENT)
+    sizes = [len(header), *(row.nbytes for row in rows)]
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(sum(size + -size % DEFAULT_ALIGNMENT for size in sizes))
+
+
 def _row(name: str, shape: Sequence[int], kind: GgmlType, data: TensorData) -> _Row:
-    stored = data.tobytes() if isinstance(data, np.ndarray | memoryview) else bytes(data)
     if not shape or shape[-1] % kind.block_elems:
         raise ValueError(f"tensor {name!r}: rows of shape {shape} are not whole {kind.name} blocks")
-    expected = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
-    if len(stored) != expected:
-        raise ValueError(f"tensor {name!r}: {len(stored)} bytes, {kind.name} of shape {shape} has {expected}")
-    return _Row(name, shape, kind, stored)
+    if callable(data):
+        return _Row(name, shape, kind, data)
+    stored = data.tobytes() if isinstance(data, np.ndarray | memoryview) else bytes(data)
+    row = _Row(name, shape, kind, stored)
+    _check_size(row, len(stored))
+    return row
+
+
+def _check_size(row: _Row, size: int) -> None:
+    if size != row.nbytes:
+        raise ValueError(f"tensor {row.name!r}: {size} bytes, {row.type.name} of shape {row.shape} has {row.nbytes}")
+
+
+def _write_data(file: IO[bytes], row: _Row) -> None:
+    began = file.tell()
+    for piece in row.data() if callable(row.data) else (row.data,):
+        file.write(piece)
+    _check_size(row, file.tell() - began)
 
 
 def _header(metadata: Mapping[str, Any], rows: Sequence[_Row], alignment: int) -> bytes:
@@ -93,7 +122,7 @@ def _header(metadata: Mapping[str, Any], rows: Sequence[_Row], alignment: int) -
         num_dims = len(row.shape)
         parts.append(_string(row.name))
         parts.append(struct.pack(f"<I{num_dims}QIQ", num_dims, *reversed(row.shape), row.type, start))
-        start += len(row.stored) + -len(row.stored) % alignment
+        start += row.nbytes + -row.nbytes % alignment
     return b"".join(parts)
 
 
