@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from worker_orcd.backends.base import Activation, AttnSpec, Backend, Heads, Norm, Operand, Projection, Rope, Sums
+from worker_orcd.backends.base import (
+    Activation,
+    AttnSpec,
+    Backend,
+    Heads,
+    Norm,
+    Operand,
+    PackedWeight,
+    Projection,
+    Rope,
+    Sums,
+)
 from worker_orcd.backends.batch import Batch, LayerKV
 from worker_orcd.models.rope import RopeSpec, factors_name, rotation_table
 from worker_orcd.models.spec import ModelSpec
@@ -101,11 +113,17 @@ def norm_of(spec: ModelSpec, vectors: dict[str, Tensor], name: str) -> Norm | No
 
 
 def _joined(parts: Projection, backend: Backend) -> Projection:
-    biases = [bias for _, bias in parts if bias is not None]
-    if len(parts) == 1 or len(biases) not in (0, len(parts)):
-        return parts
-    whole = backend.join([weight for weight, _ in parts])
-    return parts if whole is None else ((whole, torch.cat(biases) if biases else None),)
+    """One matrix for neighbours that the backend can take as one; files often store v otherwise than q and k."""
+    found: list[tuple[PackedWeight, Tensor | None]] = []
+    for _, run in groupby(parts, key=lambda part: (part[0].type, part[0].shape[1], part[1] is None)):
+        neighbours = tuple(run)
+        whole = backend.join([weight for weight, _ in neighbours]) if len(neighbours) > 1 else None
+        if whole is None:
+            found += neighbours
+        else:
+            biases = [bias for _, bias in neighbours if bias is not None]
+            found.append((whole, torch.cat(biases) if biases else None))
+    return tuple(found)
 
 
 def dense_mlp(tensors: LayerTensors) -> Mlp:
