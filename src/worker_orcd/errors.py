@@ -4,6 +4,7 @@
     ├── InvalidRequest        400  INVALID_REQUEST      the body, a field or a limit
     │   ├── JobConflict       409  INVALID_REQUEST      job_id already running
     │   └── TemplateError     400  TEMPLATE_ERROR       the chat template failed or overran its budget
+    ├── Unauthorized          401  UNAUTHORIZED         no API key, or one that is not known
     ├── StartFailed           500  WORKER_START_FAILED  bad configuration, port in use, no GPU
     ├── ModelLoadFailed       500  MODEL_LOAD_FAILED    the file is missing, malformed or unsupported
     ├── InsufficientVram      503  INSUFFICIENT_VRAM    the plan does not fit; carries the numbers
@@ -68,6 +69,13 @@ class JobConflict(InvalidRequest):
 
 class TemplateError(InvalidRequest):
     code = "TEMPLATE_ERROR"
+
+
+class Unauthorized(WorkerError):
+    """The same words for a key that is missing and for one that is wrong."""
+
+    code = "UNAUTHORIZED"
+    http_status = 401
 
 
 class StartFailed(WorkerError):
@@ -136,5 +144,5 @@ class Internal(WorkerError):
 
 def error_of(code: str, message: str, details: dict[str, Any]) -> WorkerError:
     """The error that another process meant by `code`."""
-    kinds = {kind.code: kind for kind in (StartFailed, ModelLoadFailed, InsufficientVram, VramOom, CudaError)}
+    kinds = {kind.code: kind for kind in (*InvalidRequest.__subclasses__(), *WorkerError.__subclasses__())}
     return kinds.get(code, Internal)(message, **details)

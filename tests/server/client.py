@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -261,7 +262,7 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(engine: ScriptedEngine | None = None, **options: Any) -> Iterator[Live]:
+def live(engine: ScriptedEngine | None = None, tls: ssl.SSLContext | None = None, **options: Any) -> Iterator[Live]:
     """A server on an ephemeral port of 127.0.0.1, in a thread."""
     rig = make_rig(engine, **({"shutdown_timeout_sec": 5.0} | options))
     listener = bind("127.0.0.1", 0)
@@ -270,7 +271,7 @@ def live(engine: ScriptedEngine | None = None, **options: Any) -> Iterator[Live]
     narrator = Narrator("worker-test", "scripted", None, sink=rig.log)
     port = listener.getsockname()[1]
     thread = threading.Thread(
-        target=lambda: codes.append(serve(rig.app, listener, rig.engine, narrator)), daemon=True
+        target=lambda: codes.append(serve(rig.app, listener, rig.engine, narrator, tls)), daemon=True
     )
     thread.start()
     server = Live(rig, port, codes, thread)

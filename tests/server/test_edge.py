@@ -22,9 +22,9 @@ def rig() -> Rig:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nowhere", 404),
         ("GET", "/health/", 404),
-        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/nowhere", 404),
         ("GET", "/execute", 405),
         ("POST", "/health", 405),
         ("DELETE", "/cancel", 405),
@@ -190,6 +190,7 @@ def test_health_of_a_ready_worker(rig: Rig) -> None:
         "quant_kind": "Q4_K_M",
         "resident": True,
         "vram_bytes_used": 1 << 20,
+        "memory_bytes": {},
         "tokenizer_kind": "gguf-bpe",
         "tokenizer_model": "bpe",
         "vocab_size": 257,

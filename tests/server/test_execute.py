@@ -166,7 +166,7 @@ def test_both_paths_and_the_events_of_an_answer(rig: Rig) -> None:
     assert started.data["prompt_tokens"] == 6
     assert answer.text == "héllo"
     assert [token.data["t"] for token in tokens] == ["h", "", "é", "l", "l", "o"]
-    assert set(end.data) == {"tokens_out", "decode_time_ms", "stop_reason", "seed", "cached_tokens"}
+    assert set(end.data) == {"tokens_out", "decode_time_ms", "stop_reason", "seed", "cached_tokens", "receipt"}
     assert end.data["stop_reason"] == "eos"
 
 
@@ -279,7 +279,7 @@ def test_the_priority_reaches_the_engine(rig: Rig, word: str | None, priority: i
 
 
 def test_metrics_events_come_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker_orcd.server.generation.METRICS_S", 0.02)
+    monkeypatch.setattr("worker_orcd.server.execute.METRICS_S", 0.02)
     rig = make_rig(ScriptedEngine(lambda _: text_script("answer", 0.05), max_running=1))
 
     async def both() -> list[Answer]:
@@ -314,7 +314,7 @@ def test_metrics_events_are_at_least_a_quarter_second_apart() -> None:
 
 
 def test_no_metrics_event_after_a_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker_orcd.server.generation.METRICS_S", 0.002)
+    monkeypatch.setattr("worker_orcd.server.execute.METRICS_S", 0.002)
 
     class SlowToEnd(ScriptedEngine):
         async def run(self, request):  # type: ignore[no-untyped-def, override]

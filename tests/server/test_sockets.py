@@ -185,7 +185,7 @@ def test_http_1_0_gets_no_chunks(server: Live, prompt: str) -> None:
 
 
 def test_http_1_0_under_back_pressure_is_whole(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker_orcd.server.generation.METRICS_S", 0.01)  # so that two write
+    monkeypatch.setattr("worker_orcd.server.execute.METRICS_S", 0.01)  # so that two write
     fields = body("old-slow", "piled") | {"max_tokens": 20_000, "metrics": True}
     with server.connect(receive_buffer=4096) as peer:
         peer.sendall(http_request("POST", "/execute", fields).replace(b"HTTP/1.1", b"HTTP/1.0"))

@@ -99,6 +99,14 @@ class Connection(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, 408, "the request head came too slowly")
 
     def _check_head(self) -> None:
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise self._refused(505, "HTTP/1.1 and HTTP/1.0 are spoken here")
+        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (codings != [b"chunked"] or version == "1.0"):
+            raise self._refused(400, "the only transfer coding is chunked, and HTTP/1.0 has none")
+        if not self.url.startswith(b"/"):  # a name in it would stand beside the one in Host
+            raise self._refused(400, "the request target must begin with /")
         if len(self.url) > MAX_TARGET_BYTES:
             raise self._refused(414, f"the request target is longer than {MAX_TARGET_BYTES} bytes")
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SETTLE_S = 1.0  # what interrupted jobs get to write their last event
 FAILED_S = 0.5  # what jobs get to write the error of a failed engine, before they are interrupted
+MAX_CONTROL_BYTES = 16 * 1024
 HEALTH_S = 0.1  # how long an answer to /health is good for, while the state stays
 
 
@@ -48,7 +50,7 @@ class Control:
 
     def __init__(self, shutdown_timeout_s: float) -> None:
         self._shutdown_timeout_s = shutdown_timeout_s
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[tuple[str, str], Job] = {}  # by tenant and job_id
         self._idle = asyncio.Event()
         self._idle.set()
         self._impatient = asyncio.Event()
@@ -67,23 +69,24 @@ class Control:
             raise ShuttingDown("the worker is shutting down; send the request to another one")
 
     @contextmanager
-    def open(self, job_id: str, remaining_s: float | None) -> Iterator[Job]:
-        """Hold `job_id` for the life of one request; raises ShuttingDown or JobConflict."""
+    def open(self, job_id: str, remaining_s: float | None, tenant: str = "") -> Iterator[Job]:
+        """Hold `job_id` of `tenant` for the life of one request; raises ShuttingDown or JobConflict."""
         self.check_open()
-        if job_id in self._jobs:
+        key = (tenant, job_id)
+        if key in self._jobs:
             raise JobConflict("a job with this job_id is running; wait for its end or choose another job_id")
-        job = self._jobs[job_id] = Job(remaining_s)
+        job = self._jobs[key] = Job(remaining_s)
         self._idle.clear()
         try:
             yield job
         finally:
-            del self._jobs[job_id]
+            del self._jobs[key]
             if not self._jobs:
                 self._idle.set()
 
-    def cancel(self, job_id: str) -> None:
-        """End a job with CANCELLED; one that is unknown or over is left as it is."""
-        if job := self._jobs.get(job_id):
+    def cancel(self, job_id: str, tenant: str = "") -> None:
+        """End a job of `tenant` with CANCELLED; one that is unknown or over is left as it is."""
+        if job := self._jobs.get((tenant, job_id)):
             job.interrupt(Cancelled("the job was cancelled"))
 
     def stop(self) -> None:
@@ -129,6 +132,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     quant_kind: str
     resident: bool
     vram_bytes_used: int
+    memory_bytes: dict[str, int]
     tokenizer_kind: str
     tokenizer_model: str
     vocab_size: int
@@ -165,13 +169,15 @@ class ControlRoutes:
         self._health_told: tuple[JobState, bool] | None = None  # what the bytes below were built for
         self._health_bytes, self._health_s = b"", 0.0
 
-    async def health(self, request: HttpRequest) -> Response:  # noqa: ARG002 - the router passes it
+    async def health(self, request: HttpRequest) -> Response:
         status, state = self._engine.status(), self._state()
+        code = 200 if state in ("ready", "busy") else 503
+        if request.scope["state"]["exchange"].tenant is None:  # anybody at all: whether it lives, and no more
+            return _json({"status": "healthy" if code == 200 else "unhealthy", "state": state}, code)
         now_s, told = time.monotonic(), (state, status.resident)
         if told != self._health_told or now_s - self._health_s >= HEALTH_S:
             self._health_bytes = msgspec.json.encode(self._health(status, state))
             self._health_told, self._health_s = told, now_s
-        code = 200 if state in ("ready", "busy") else 503
         return Response(self._health_bytes, code, media_type="application/json")
 
     async def ready(self, request: HttpRequest) -> Response:  # noqa: ARG002
@@ -191,15 +197,15 @@ class ControlRoutes:
         return Response(page, headers={"content-type": CONTENT_TYPE})
 
     async def cancel(self, request: HttpRequest) -> Response:
-        document = parse_object(await read_body(request))
+        document = parse_object(await _small_body(request))
         good, errors = check_fields(document, {"job_id": JOB_ID}, frozenset({"job_id"}))
         if errors:
             raise InvalidRequest(errors[0].message, errors)
-        self._control.cancel(good["job_id"])
+        self._control.cancel(good["job_id"], request.scope["state"]["exchange"].tenant)
         return _json({"job_id": good["job_id"]}, 202)
 
     async def shutdown(self, request: HttpRequest) -> Response:
-        if body := await read_body(request):
+        if body := await _small_body(request):
             parse_object(body)
         if not self._control.stopping.is_set():
             self._control.stop()
@@ -216,6 +222,7 @@ class ControlRoutes:
             quant_kind=info.quant_kind,
             resident=status.resident,
             vram_bytes_used=status.vram_bytes_used,
+            memory_bytes=status.memory,
             tokenizer_kind=self._tokenizer.kind,
             tokenizer_model=self._tokenizer.model,
             vocab_size=info.vocab_size,
@@ -240,6 +247,14 @@ class ControlRoutes:
         if not self._engine.status().healthy:
             return "failed"
         return "busy" if self._control.num_jobs else "ready"
+
+
+async def _small_body(request: HttpRequest) -> bytes:
+    """A body that takes no time to parse, for it is parsed between other people's tokens."""
+    body = await read_body(request)
+    if len(body) > MAX_CONTROL_BYTES:
+        raise HTTPException(413, f"the body is larger than {MAX_CONTROL_BYTES} bytes")
+    return body
 
 
 def _json(content: Any, status: int) -> Response:

@@ -23,12 +23,14 @@ _PORT = re.compile(r":[0-9]{0,5}\Z")
 @dataclass
 class Exchange:
     """`deadline_s` (None: none) and `arrived_s` are on the monotonic clock. The connection sets `is_stalled` when it
-    gives up."""
+    gives up; `tenant` is whose key the request carried, None only where none is needed and none was sent."""
 
     correlation_id: str
     deadline_s: float | None
     is_deadline_malformed: bool = False
     is_stalled: bool = False
+    tenant: str | None = ""
+    wants_full_receipt: bool = False  # a replay receipt with the prompt's ids
     arrived_s: float = field(default_factory=time.monotonic)
 
     def age_ms(self) -> float:
@@ -44,14 +46,13 @@ def read_exchange(headers: Headers) -> Exchange:
     ids = headers.getlist("x-correlation-id")
     is_usable = len(ids) == 1 and _CORRELATION_ID.fullmatch(ids[0]) is not None
     correlation_id = ids[0] if is_usable else str(uuid.uuid4())
-    deadlines = headers.getlist("x-deadline")
-    if not deadlines:
-        return Exchange(correlation_id, None)
-    unix_s = parse_deadline(deadlines[0]) if len(deadlines) == 1 else None
-    if unix_s is None:
-        return Exchange(correlation_id, None, is_deadline_malformed=True)
-    remaining_s = min(unix_s - time.time(), _LONGEST_S)
-    return Exchange(correlation_id, time.monotonic() + remaining_s)
+    exchange = Exchange(correlation_id, None, wants_full_receipt=headers.get("x-receipt", "").lower() == "full")
+    if deadlines := headers.getlist("x-deadline"):
+        unix_s = parse_deadline(deadlines[0]) if len(deadlines) == 1 else None
+        exchange.is_deadline_malformed = unix_s is None
+        if unix_s is not None:
+            exchange.deadline_s = time.monotonic() + min(unix_s - time.time(), _LONGEST_S)
+    return exchange
 
 
 def parse_deadline(text: str) -> float | None:
@@ -66,15 +67,19 @@ def parse_deadline(text: str) -> float | None:
     return None
 
 
-def check_origin(headers: Headers) -> None:
-    """Refuse pages of other sites that reach the worker through a browser: by name (rebinding) or cross-origin."""
+def check_origin(headers: Headers, is_loopback: bool) -> None:
+    """Refuse pages of other sites that reach the worker through a browser: by name (rebinding) or cross-origin.
+
+    Unless the worker listens on `is_loopback` only, it cannot know its names; there every request needs a key.
+    """
     hosts = headers.getlist("host")
     if len(hosts) != 1:
         raise HTTPException(400, "exactly one Host header is needed")
-    if not is_loopback_host(hosts[0]):
+    if is_loopback and not is_loopback_host(hosts[0]):
         raise HTTPException(421, "Host must name the loopback interface: localhost, 127.0.0.1 or [::1]")
     for origin in headers.getlist("origin"):
-        if not is_loopback_host(_netloc(origin)):
+        netloc = _netloc(origin)
+        if not (is_loopback_host(netloc) if is_loopback else netloc.lower() == hosts[0].lower()):
             raise HTTPException(403, "requests from pages of other origins are refused")
 
 

@@ -15,7 +15,7 @@ from worker_orcd.errors import FieldError, InvalidRequest, Overloaded
 COMPILER_MODULE = "worker_orcd.engine.grammar_source"
 MAX_GRAMMAR_BYTES = 2**16
 NUM_CHILDREN = 2  # at once; others wait their turn
-COMPILE_S = 3.0  # for one child, its start included
+COMPILE_S = 5.0  # for one child, its start included
 WAIT_S = 10.0
 NUM_REMEMBERED = 256  # grammars found good; at most 16 MiB of text
 REFUSED_EXIT = 4

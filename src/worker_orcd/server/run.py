@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
 
+from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.request import InferenceEngine
 from worker_orcd.errors import StartFailed
 from worker_orcd.narration import Narrator
@@ -53,7 +55,28 @@ def _listen(listener: socket.socket) -> None:
         raise _cannot_listen(host, port, error) from None
 
 
-def serve(app: Starlette, listener: socket.socket, engine: InferenceEngine, narrator: Narrator) -> int:
+def tls_context(config: WorkerConfig) -> ssl.SSLContext | None:
+    """The certificate to serve HTTPS with, if there is one. Raises StartFailed when it cannot be used."""
+    if config.tls_cert_file is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # a key that is encrypted gets an empty password, and fails, rather than a question on the terminal
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file, password=lambda: "")
+    except OSError as error:  # SSLError, too
+        names = f"tls_cert_file {config.tls_cert_file} and tls_key_file {config.tls_key_file}"
+        raise StartFailed(f"{names} cannot be used: {error.strerror or error}") from None
+    return context
+
+
+def serve(
+    app: Starlette,
+    listener: socket.socket,
+    engine: InferenceEngine,
+    narrator: Narrator,
+    tls: ssl.SSLContext | None = None,
+) -> int:
     """Serve until SIGTERM, SIGINT or POST /shutdown, then drain, or until the engine fails; returns the exit code.
 
     The code is 0 after a drain, 1 after a failure. A second signal ends the draining. Signals are handled only when
@@ -72,6 +95,7 @@ def serve(app: Starlette, listener: socket.socket, engine: InferenceEngine, narr
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_IDLE_S,
         timeout_graceful_shutdown=FLUSH_S,
+        ssl_context_factory=None if tls is None else lambda *_: tls,
     )
     try:
         _listen(listener)
