@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from worker_orcd.assemble import draw_up
-from worker_orcd.config import WorkerConfig
+from worker_orcd.assemble import draw_up, fill_vram
+from worker_orcd.config import MIB, WorkerConfig
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.reader import GgufFile, StringArray, Value
+from worker_orcd.vram.card import free_vram_bytes
 
 LONG_TEXT = 100  # characters of a value shown on screen
 SHORT_ARRAY = 8  # elements of an array shown
@@ -90,12 +91,17 @@ def _inspect_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plan_report(path: Path, config: WorkerConfig, as_json: bool) -> str:
-    """Every byte `serve` would need. Raises ModelLoadFailed when it would refuse the file."""
-    blueprint = draw_up(replace(config, model=path))
-    gguf, plan = blueprint.gguf, blueprint.plan
+def plan_report(path: Path, config: WorkerConfig, as_json: bool, vram_total_mb: int | None = None) -> str:
+    """Every byte `serve` would need, and whether so many are free. Raises ModelLoadFailed as `serve` would."""
+    config = replace(config, model=path)
+    free_bytes = free_vram_bytes(config.gpu_device) if config.device == "cuda" else None
+    free_bytes = free_bytes if vram_total_mb is None else vram_total_mb * MIB
+    blueprint = draw_up(config)
+    if free_bytes is not None:
+        blueprint = fill_vram(config, blueprint, free_bytes)
+    gguf, plan, cache = blueprint.gguf, blueprint.plan, blueprint.cache
     gguf.close()
-    report = {
+    report: dict[str, Any] = {
         "file": _encodable(path),
         "architecture": blueprint.spec.architecture,
         "quant_kind": gguf.quant_kind,
@@ -105,13 +111,27 @@ def plan_report(path: Path, config: WorkerConfig, as_json: bool) -> str:
         "tensor_bytes": sum(info.nbytes for info in gguf.tensors.values()),
         "items": [{"purpose": i.purpose, "bytes": i.nbytes, "detail": i.detail} for i in plan.items],
         "total_bytes": plan.total_bytes,
+        "cache_tokens": cache.num_tokens,
+        "kv_bytes_per_token": plan.nbytes("kv_cache") // cache.num_tokens,
+        "free_bytes": free_bytes,
+        "fits": None if free_bytes is None else plan.total_bytes <= free_bytes,
     }
     if as_json:
         return _json(report)
     backend = "reference" if config.is_reference else "cuda"
     lines = [f"{path}: {plan.place} needed with --device {config.device} ({backend} backend)"]
     lines += [f"  {item.purpose:14}{item.nbytes:16,}  {item.detail}" for item in plan.items]
-    return "\n".join([*lines, f"  {'total':14}{plan.total_bytes:16,}  {_size(plan.total_bytes)}"])
+    lines.append(f"  {'total':14}{plan.total_bytes:16,}  {_size(plan.total_bytes)}, the most at any time")
+    lines.append(f"{cache.num_tokens:,} tokens of cache for up to {cache.context_length:,} tokens in a sequence")
+    if free_bytes is not None and plan.total_bytes <= free_bytes:
+        lines.append(f"{_size(free_bytes)} free: fits")
+    elif free_bytes is not None:
+        room = plan.cache_room(free_bytes) // report["kv_bytes_per_token"]
+        remedy = f"; it would with --context-length {room}" if room > 1 else ""
+        lines.append(f"{_size(free_bytes)} free: {_size(plan.total_bytes - free_bytes)} too few{remedy}")
+    elif not config.is_reference and config.kv_cache_size_mb is None:
+        lines.append("On a GPU the cache becomes larger: it takes what is free.")
+    return "\n".join(lines)
 
 
 def tokenize_report(

@@ -33,6 +33,7 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.attention import Form, Pages, attend
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, tiled
+from worker_orcd.kernels.linear.plan import choose_slices, plan_linear
 from worker_orcd.kernels.ops import ops
 from worker_orcd.kernels.ops.experts import ExpertOps, Routing
 from worker_orcd.kernels.ops.ops import Ops
@@ -174,8 +175,10 @@ class CudaBackend:
     def _grouped(
         self, image: Tensor, weight: base.PackedWeight, bias: Tensor | None, experts: Experts, routing: Routing
     ) -> ops.Part:
-        (n, k), count = weight.shape, experts.num_experts
-        matrix = tiled(weight.parts[0], weight.type, (n // count, k), count)
+        """A row's experts fill the card together, so K is cut as for all their rows."""
+        n, k, count = weight.shape[0] // experts.num_experts, weight.shape[1], experts.num_experts
+        plan = plan_linear(n, k, weight.type, choose_slices(n * experts.num_used, k, weight.type))
+        matrix = TiledMatrix(weight.type, (n, k), weight.parts[0], plan, count)
         return self._experts.multiply(image, matrix, bias, routing)
 
     def _shared(self, x: Operand, experts: Experts) -> list[Tensor]:

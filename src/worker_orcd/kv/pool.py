@@ -41,7 +41,10 @@ def allocate_pool(shape: KVShape, device: torch.device) -> list[LayerKV]:
         ]
     except torch.OutOfMemoryError as error:
         raise InsufficientVram(
-            f"the KV cache needs {shape.nbytes} bytes on {device}; lower --context-length or --kv-cache-size-mb"
+            f"{shape.nbytes} bytes on {device} are needed for the KV cache; lower --context-length or "
+            "--kv-cache-size-mb, or raise --vram-reserve-mb",
+            needed_bytes=shape.nbytes,
+            device=str(device),
         ) from error
 
 
