@@ -21,8 +21,9 @@ haiku: .venv                 ## start a worker on the embedded model and stream 
 test: .venv                  ## the whole suite; needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
 
-soak: .venv                  ## the simulation at length: allocator, scheduler, faults
+soak: .venv                  ## at length: the simulation of cache, scheduler and faults; the HTTP edge under fire
 	$(BIN)/python -m tests.sim.soak
+	$(BIN)/python -m tests.server.soak
 
 check: .venv                 ## lint, types, layers
 	$(BIN)/ruff check .

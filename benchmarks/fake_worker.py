@@ -33,6 +33,7 @@ from worker_orcd.narration import BackgroundSink, Narrator
 from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
 from worker_orcd.signals import Stopped, stoppable
+from worker_orcd.worker import SWITCH_S
 
 
 class ByteTokenizer:
@@ -78,6 +79,7 @@ def run_fake_worker(config: WorkerConfig, options: FakeOptions, send_buffer: int
             metrics = PrometheusMetrics(config.worker_id, "none", facts.num_blocks, 0)
             engine = EngineClient(link, facts, config.max_queue, metrics)
             app = create_app(engine, ByteTokenizer(), None, config, narrator, metrics)
+            sys.setswitchinterval(SWITCH_S)
             with _profiled(profile):
                 return serve(app, listener, engine, narrator)
         except Stopped:

@@ -136,9 +136,13 @@ def test_flags_of_the_cache_decide_its_size(model: Path, arguments: list[str], t
 
 
 def test_more_tokens_a_step_need_more_room(model: Path) -> None:
-    few, many = (report(model, "--max-tokens-per-step", str(n))["total_bytes"] for n in (64, 4096))
+    def workspace(*arguments: str, **environment: str) -> int:
+        items = report(model, *arguments, **environment)["items"]
+        return next(item["bytes"] for item in items if item["purpose"] == "workspace")
+
+    few, many = (workspace("--max-tokens-per-step", str(n)) for n in (64, 4096))
     assert few < many
-    assert report(model, LLORCH_MAX_TOKENS_PER_STEP="4096")["total_bytes"] == many
+    assert workspace(LLORCH_MAX_TOKENS_PER_STEP="4096") == many
 
 
 PASSED_ON: list[tuple[list[str], dict[str, str], dict[str, object]]] = [
@@ -165,7 +169,7 @@ def test_what_the_command_gets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     seen: list[WorkerConfig] = []
-    monkeypatch.setattr("worker_orcd.reports.plan_report", lambda _path, config, _json: seen.append(config) or "{}")
+    monkeypatch.setattr("worker_orcd.reports.plan_report", lambda _path, config, *_: seen.append(config) or "{}")
     report(model, *arguments, **environment)
     assert {name: getattr(seen[0], name) for name in expected} == expected
 

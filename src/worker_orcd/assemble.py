@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker_orcd import __version__
 from worker_orcd.config import MIB, WorkerConfig
-from worker_orcd.errors import ModelLoadFailed, StartFailed
+from worker_orcd.errors import CudaError, ModelLoadFailed, StartFailed
+from worker_orcd.gguf.fingerprint import fingerprint
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.models.spec import ModelSpec, read_spec
-from worker_orcd.models.tensors import check_tensors, tensor_table
+from worker_orcd.models.tensors import check_tensors, tensor_table, use_gguf_names
 from worker_orcd.vram.plan import (
-    F16,
-    F32,
+    HOST_CACHE_BYTES,
     CacheSize,
-    Dims,
     Plan,
     kv_bytes_per_token,
     plan_cuda,
@@ -29,6 +29,7 @@ from worker_orcd.vram.plan import (
     size_contiguous,
     size_paged,
 )
+from worker_orcd.vram.workspace import F16, F32, Dims
 
 if TYPE_CHECKING:  # torch takes seconds to import; `plan` and `inspect` come through here and must not wait
     import torch
@@ -38,7 +39,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; `plan` and `inspect` come th
     from worker_orcd.engine.loop import EngineFacts
     from worker_orcd.engine.runtime import Runtime
     from worker_orcd.kv.allocator import KVCacheAllocator
-    from worker_orcd.models.weights import OnProgress
+    from worker_orcd.models.adapter import ModelAdapter
+    from worker_orcd.models.weights import OnProgress, Weights
     from worker_orcd.tokenizer.base import Tokenizer
     from worker_orcd.tokenizer.chat import ChatTemplate
 
@@ -69,25 +71,46 @@ class Blueprint:
 def draw_up(config: WorkerConfig) -> Blueprint:
     """Open and check the model and plan its memory. Raises ModelLoadFailed or StartFailed."""
     gguf = GgufFile.open(config.model or embedded_model())
+    use_gguf_names(gguf)
     spec = read_spec(gguf)
     check_tensors(gguf, tensor_table(spec, gguf.tensors))
-    cache = _cache_size(config, spec)
     max_step_tokens = config.max_tokens_per_step or max(STEP_TOKENS[config.device], config.max_batch)
+    cache = _cache_size(config, spec, HOST_CACHE_BYTES if config.is_reference else 0)
+    return Blueprint(gguf, spec, cache, max_step_tokens, _plan(config, gguf, spec, cache, max_step_tokens))
+
+
+def fill_vram(config: WorkerConfig, blueprint: Blueprint, free_bytes: int) -> Blueprint:
+    """The same with a cache that takes what nothing else needs of `free_bytes`; not for the reference backend."""
+    if config.is_reference:
+        return blueprint
+    gguf, spec = blueprint.gguf, blueprint.spec
+    cache = _cache_size(config, spec, blueprint.plan.cache_room(free_bytes))
+    return replace(blueprint, cache=cache, plan=_plan(config, gguf, spec, cache, blueprint.max_step_tokens))
+
+
+def _plan(config: WorkerConfig, gguf: GgufFile, spec: ModelSpec, cache: CacheSize, max_step_tokens: int) -> Plan:
     dims = _dims(spec, cache, config, max_step_tokens)
-    on_cuda = config.device == "cuda"
-    plan = plan_reference(gguf.tensors, dims, on_cuda) if config.is_reference else plan_cuda(gguf.tensors, dims)
-    return Blueprint(gguf, spec, cache, max_step_tokens, plan)
+    if config.is_reference:
+        return plan_reference(gguf.tensors, dims, config.device == "cuda")
+    table = tensor_table(spec, gguf.tensors)
+    return plan_cuda(gguf.tensors, table, dims, config.cuda_graphs, config.vram_reserve_mb * MIB)
 
 
-def _cache_size(config: WorkerConfig, spec: ModelSpec) -> CacheSize:
-    """The model's own context, lowered by --context-length and by what --kv-cache-size-mb can hold."""
+def _cache_size(config: WorkerConfig, spec: ModelSpec, room_bytes: int) -> CacheSize:
+    """The model's own context, lowered by --context-length and by what --kv-cache-size-mb can hold.
+
+    Without that, as many full contexts as `room_bytes` hold, and at least one.
+    """
     if config.context_length is not None and config.context_length > spec.context_length:
         raise StartFailed(
             f"context_length is {config.context_length}; {spec.architecture} model allows {spec.context_length}"
         )
     per_token = kv_bytes_per_token(spec.num_layers, spec.kv_width, _cache_bytes(config))
     context = config.context_length or spec.context_length
-    limit = None if config.kv_cache_size_mb is None else config.kv_cache_size_mb * MIB
+    block = config.kv_block_size if config.kv_layout == "paged" else 1
+    limit = max(room_bytes, -(-context // block) * block * per_token)
+    if config.kv_cache_size_mb is not None:
+        limit = config.kv_cache_size_mb * MIB
     if config.kv_layout == "paged":
         cache = size_paged(per_token, context, config.max_batch, limit, config.kv_block_size)
     else:
@@ -111,14 +134,17 @@ def _dims(spec: ModelSpec, cache: CacheSize, config: WorkerConfig, max_step_toke
     return Dims(
         num_layers=spec.num_layers,
         hidden=spec.hidden,
-        ffn=spec.ffn,
-        q_width=spec.q_width,
-        kv_width=spec.kv_width,
-        rope_dim=spec.rope_dim,
+        ffn=spec.mlp_width,
+        num_experts_used=0 if spec.experts is None else spec.experts.num_used,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        rope_dim=spec.rope_dims,
         vocab_size=spec.vocab_size,
         context_length=cache.context_length,
         cache_tokens=cache.num_tokens,
         cache_bytes=_cache_bytes(config),
+        table_width=-(-cache.context_length // cache.block_size),
         max_batch=config.max_batch,
         max_step_tokens=max_step_tokens,
     )
@@ -144,7 +170,7 @@ def load_texts(config: WorkerConfig, blueprint: Blueprint) -> Texts:
             f"token_embd.weight has {blueprint.spec.vocab_size} rows"
         )
     tokenizer.prepare()
-    return Texts(tokenizer, ChatTemplate.from_gguf(blueprint.gguf, tokenizer))
+    return Texts(tokenizer, ChatTemplate.load(blueprint.gguf, tokenizer, config.chat_template))
 
 
 def select_device(config: WorkerConfig) -> torch.device:
@@ -182,21 +208,52 @@ def load_runtime(config: WorkerConfig, blueprint: Blueprint, on_progress: OnProg
 
     from worker_orcd.engine.runtime import Runtime
     from worker_orcd.kv.pool import KVShape, allocate_pool, eraser
-    from worker_orcd.models.llama import LlamaInferenceAdapter
     from worker_orcd.models.weights import load_weights
+    from worker_orcd.vram.ledger import Ledger
 
     device = select_device(config)
     if device.type == "cpu":  # leave a core to HTTP: threads that share theirs wait whole time slices for each other
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    free_bytes = _free_bytes(device)
+    blueprint = fill_vram(config, blueprint, free_bytes + blueprint.plan.nbytes("cuda_context"))
     gguf, spec, cache = blueprint.gguf, blueprint.spec, blueprint.cache
-    blueprint.plan.require(_free_bytes(device), str(device), str(gguf.path))
+    blueprint.plan.in_context().require(free_bytes, str(device), str(gguf.path))
     backend = _backend(config, device)
     weights = load_weights(gguf, tensor_table(spec, gguf.tensors), backend, config.load_chunk_bytes, on_progress)
-    adapter = LlamaInferenceAdapter(spec, weights, backend, cache.context_length)
+    adapter = _adapter(spec)(spec, weights, backend, cache.context_length)
     dtype = torch.float32 if config.is_reference else torch.float16
     shape = KVShape(spec.num_layers, cache.num_blocks, cache.block_size, spec.num_kv_heads, spec.head_dim, dtype)
+    if device.type == "cuda":
+        del weights
+        torch.cuda.empty_cache()  # what loading took for a while is the cache's now
     kv = allocate_pool(shape, device)
-    return Runtime(adapter, kv, _allocator(config, cache, eraser(kv)), device)
+    ledger = Ledger()
+    ledger.enter("weights", "model", adapter)
+    ledger.enter("kv_cache", "cache", kv)
+    can_record = backend.can_record(spec.head_dim)
+    allocator = _allocator(config, cache, eraser(kv))
+    runtime = Runtime(adapter, kv, allocator, device, can_record, ledger, free_bytes, backend.sample_kernel)
+    return replace(runtime, inspect=_inspector(runtime)) if device.type == "cuda" else runtime
+
+
+def _inspector(runtime: Runtime) -> Callable[[], str]:
+    """Looks where every tensor lies. Raises CudaError when one is not in VRAM to begin with."""
+    from worker_orcd.vram.residency import Residency, locate_by_driver
+
+    inspect = Residency(runtime.ledger.tensors, f"device {runtime.device.index}", locate_by_driver())
+    if problem := inspect():
+        raise CudaError(problem)
+    return inspect
+
+
+def _adapter(spec: ModelSpec) -> Callable[[ModelSpec, Weights, Backend, int], ModelAdapter]:
+    from worker_orcd.models.gpt2 import GPTInferenceAdapter
+    from worker_orcd.models.gpt_oss import GptOssInferenceAdapter
+    from worker_orcd.models.llama import LlamaInferenceAdapter
+
+    if spec.family.adapter == "gpt-oss":
+        return GptOssInferenceAdapter
+    return GPTInferenceAdapter if spec.family.adapter == "gpt" else LlamaInferenceAdapter
 
 
 def _backend(config: WorkerConfig, device: torch.device) -> Backend:
@@ -218,18 +275,34 @@ def _allocator(config: WorkerConfig, cache: CacheSize, erase: Callable[[list[int
     return PagedAllocator(cache.num_blocks, cache.block_size, erase, share=config.prefix_cache)
 
 
+def _reload_tokenizer(config: WorkerConfig) -> Tokenizer:
+    """The engine's own, for grammars; its process has closed the file by then."""
+    from worker_orcd.tokenizer.load import load_tokenizer
+
+    return load_tokenizer(GgufFile.open(config.model or embedded_model()), config.tokenizer_json)
+
+
 def _model_name(gguf: GgufFile) -> str:
     name = gguf.metadata.get("general.name")
     return name if isinstance(name, str) and name else gguf.path.stem
+
+
+def _kernel_set(config: WorkerConfig, device: torch.device) -> str:
+    """Name and version of all that decides bits."""
+    import torch
+
+    backend = "torch-reference" if config.is_reference else "cuda"
+    card = f" {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return f"{backend} {__version__} torch {torch.__version__} {device.type}{card}"
 
 
 def build_core(
     config: WorkerConfig, blueprint: Blueprint, runtime: Runtime, eog_ids: frozenset[int], unsampleable: list[int]
 ) -> tuple[EngineCore, EngineFacts]:
     """The engine on a loaded model, tried out with its largest step. Ids past the tokenizer's own never win."""
-    import torch
-
     from worker_orcd.engine.core import EngineCore
+    from worker_orcd.engine.grammar import GrammarCompiler
+    from worker_orcd.engine.graphs import Graphs
     from worker_orcd.engine.loop import EngineFacts, warm_up
     from worker_orcd.engine.plain_step import PlainStep
     from worker_orcd.engine.request import ModelInfo
@@ -247,13 +320,36 @@ def build_core(
         vocab_size=spec.vocab_size,
         device=str(device),
         backend="torch-reference" if config.is_reference else "cuda",
+        fingerprint=fingerprint(gguf),
+        kernels=_kernel_set(config, device),
     )
     limits = SchedulerLimits(
         config.max_batch, blueprint.max_step_tokens, cache.context_length, config.scheduling_policy
     )
-    step = PlainStep(runtime, Sampler(unsampleable, device))
-    core = EngineCore(step, limits, eog_ids, {"model": printable_path, "cache": str(runtime.kv[0].k.dtype)})
-    slowest_s = warm_up(core, limits.max_step_tokens, cache.context_length)
-    vram_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    facts = EngineFacts(info, cache.num_blocks, cache.block_size, config.max_batch, vram_bytes, slowest_s)
-    return core, facts
+    graphs = Graphs(runtime, cache.context_length) if config.cuda_graphs and runtime.can_record else None
+    kernel = runtime.sample_kernel and runtime.sample_kernel(unsampleable, spec.vocab_size)
+    step = PlainStep(runtime, Sampler(unsampleable, device, eog_ids, kernel), graphs)
+    compiler = GrammarCompiler(lambda: _reload_tokenizer(config), spec.vocab_size)
+    scope = {"model": printable_path, "cache": str(runtime.kv[0].k.dtype)}
+    core = EngineCore(step, limits, eog_ids, scope, compiler=compiler)
+    slowest_s = warm_up(
+        core, limits.max_step_tokens, limits.context_length, config.max_batch if device.type == "cuda" else 0
+    )
+    memory, warning = _memory(runtime, blueprint.plan.nbytes("workspace", "cuda_graphs"))
+    vram_bytes = sum(memory.values()) if device.type == "cuda" else 0
+    blocks = runtime.allocator.num_blocks, runtime.allocator.block_size
+    warnings = [text for text in (graphs and graphs.refusal, warning) if text]
+    return core, EngineFacts(info, *blocks, config.max_batch, vram_bytes, slowest_s, warnings, memory)
+
+
+def _memory(runtime: Runtime, planned_workspace_bytes: int) -> tuple[dict[str, int], str]:
+    """What is set aside now, by purpose, and what about it does not add up."""
+    import torch
+
+    from worker_orcd.vram.ledger import disagreement
+
+    device = runtime.device
+    if device.type != "cuda":
+        return runtime.ledger.by_purpose(), ""
+    memory = runtime.ledger.with_workspace(torch.cuda.memory_reserved(device))
+    return memory, disagreement(memory, runtime.free_before - _free_bytes(device), planned_workspace_bytes)

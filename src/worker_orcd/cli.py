@@ -1,4 +1,4 @@
-"""The command line: serve · haiku · inspect · plan · tokenize · logits.
+"""The command line: serve · chat · haiku · bench · doctor · pull · inspect · plan · tokenize · logits.
 
 Flags win over `LLORCH_*` variables, which win over the YAML file (`--config` or LLORCH_CONFIG), which wins over
 defaults; all four come from WorkerConfig. A failure is one line, `CODE: message`, on stderr and exit status 1.
@@ -19,11 +19,13 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Env, Yaml
 
 from worker_orcd import __version__
+from worker_orcd.commands.options import BenchOptions
 from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import InvalidRequest, StartFailed, WorkerError
 from worker_orcd.signals import Stopped, stoppable
 
 DEFAULTS = WorkerConfig()
+BENCH_DEFAULTS = BenchOptions()
 
 app = App(
     name="worker-orcd",
@@ -58,9 +60,73 @@ def haiku(
 ) -> int:
     """Start a worker, stream a haiku twice, say whether both were the same and how fast, stop the worker."""
     with stoppable():  # SIGTERM must not leave the worker behind
-        from worker_orcd.haiku import run_haiku
+        from worker_orcd.commands.haiku import run_haiku
 
         return run_haiku(config, prompt, json)
+
+
+@app.command
+def chat(
+    *,
+    url: Annotated[str | None, Parameter(help="Talk to this server instead of starting a worker.")] = None,
+    system: Annotated[str, Parameter(help="System prompt.")] = "",
+    config: WorkerConfig = DEFAULTS,
+) -> int:
+    """Converse with the model. From a pipe: one question a line, the answers on stdout."""
+    from worker_orcd.commands.chat import run_chat
+
+    return run_chat(config, url, system)
+
+
+@app.command
+def bench(*, options: BenchOptions = BENCH_DEFAULTS, config: WorkerConfig = DEFAULTS) -> int:
+    """Measure a model at several batch sizes, in this process or over HTTP; --synthetic needs no download."""
+    from worker_orcd.commands.bench import run_bench
+
+    with stoppable():
+        return run_bench(config, options)
+
+
+@app.command
+def replay(
+    receipt: Annotated[Path, Parameter(help="JSON file: a receipt, or the event or body that carries it.")],
+    /,
+    *,
+    config: WorkerConfig = DEFAULTS,
+) -> int:
+    """Run the request of a replay receipt again and compare the token ids. Exit 1 when they differ."""
+    from worker_orcd.commands.replay import run_replay
+
+    return run_replay(receipt, config)
+
+
+@app.command
+def pull(
+    source: Annotated[str, Parameter(help="owner/repo:file.gguf, or owner/repo:QUANT as in Q4_K_M.")],
+    /,
+    *,
+    to: Annotated[Path, Parameter(help="Folder for the file.")] = Path(),
+    revision: Annotated[str, Parameter(help="Branch, tag or commit.")] = "main",
+    endpoint: Annotated[str, Parameter(help="Hub to ask.")] = "https://huggingface.co",
+    allow_host: Annotated[tuple[str, ...], Parameter(help="Further host that may be asked.")] = (),
+) -> int:
+    """Download a GGUF file from the Hugging Face hub, resuming and checking it."""
+    from worker_orcd.commands.pull import run_pull
+
+    with stoppable():
+        return run_pull(source, to, revision, endpoint, allow_host)
+
+
+@app.command
+def doctor(
+    *,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+    config: WorkerConfig = DEFAULTS,
+) -> int:
+    """Say whether this machine can serve, what is missing, and which models fit. Exit 1 when something is missing."""
+    from worker_orcd.commands.doctor import run_doctor
+
+    return run_doctor(config, json)
 
 
 @app.command
@@ -83,12 +149,13 @@ def plan(
     /,
     *,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+    vram_total_mb: Annotated[int | None, Parameter(help="Plan for an empty GPU of so many MiB.")] = None,
     config: WorkerConfig = DEFAULTS,
 ) -> int:
     """Show every byte `serve` would need for this file, read from its header alone."""
     from worker_orcd.reports import plan_report
 
-    print(plan_report(file, config, json))
+    print(plan_report(file, config, json, vram_total_mb))
     return 0
 
 
@@ -132,7 +199,7 @@ def launch(
     sources: list[Env | Yaml] = [Env("LLORCH_", command=False)]
     if config is not None:
         sources.append(_yaml(config))
-    for command in (serve, haiku, plan, logits):
+    for command in (serve, haiku, chat, bench, doctor, plan, logits, replay):
         app[command.__name__].config = sources
     return int(app(tokens, exit_on_error=False, result_action="return_value") or 0)
 

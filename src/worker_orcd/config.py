@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,11 +37,22 @@ class WorkerConfig:
         _help("cuda keeps weights quantized; reference is plain torch in float32, and all there is on the CPU."),
     ] = None
     gpu_device: Annotated[int, _help("Index of the GPU.", "--gpu-device", "--gpu")] = 0
-    host: Annotated[str, _help("Address to listen on; loopback only, until API keys exist.")] = "127.0.0.1"
+    host: Annotated[str, _help("Address to listen on; any but a loopback address needs an API key.")] = "127.0.0.1"
     port: Annotated[int, _help("TCP port, 1024-65535.")] = 8080
+    api_key: Annotated[
+        str, _help("Key that requests must carry. Set it as LLORCH_API_KEY: flags show in the list of processes.")
+    ] = field(default="", repr=False)
+    api_key_file: Annotated[
+        Path | None, _help("File of such keys, one a line: KEY, or tenant:KEY. Tenants share no cached prefixes.")
+    ] = None
+    tls_cert_file: Annotated[Path | None, _help("Certificate chain in PEM; serves HTTPS.")] = None
+    tls_key_file: Annotated[Path | None, _help("Private key of the certificate, in PEM, unencrypted.")] = None
     worker_id: Annotated[str, _help("Name in events and logs; a new UUID when left out.")] = ""
     tokenizer_json: Annotated[
         Path | None, _help("tokenizer.json to use; one beside the model file is found without this.")
+    ] = None
+    chat_template: Annotated[
+        Path | None, _help("File with a Jinja chat template to use instead of the model file's own.")
     ] = None
     context_length: Annotated[
         int | None, _help("Tokens per sequence, prompt and answer together; the model's own when left out.")
@@ -61,14 +72,21 @@ class WorkerConfig:
     kv_cache_size_mb: Annotated[
         int | None,
         _help(
-            "Size of the KV cache in MiB; when left out every place of the batch gets a full context, up to 256 MiB."
+            "Size of the KV cache in MiB; when left out every place of the batch gets a full context, as far as free "
+            "VRAM goes (on the CPU 256 MiB), but at least one of them does."
         ),
     ] = None
+    vram_reserve_mb: Annotated[
+        int, _help("VRAM in MiB that a cache without a given size leaves free, for what no plan foresees.")
+    ] = 512
     kv_layout: Annotated[
         Literal["paged", "contiguous"],
         _help("paged shares the cache in blocks; contiguous gives each request a full context, and no prefix cache."),
     ] = "paged"
     kv_block_size: Annotated[int, _help("Tokens in a block of the paged cache: a divisor of 256.")] = 32
+    cuda_graphs: Annotated[
+        bool, _help("Record the steps that only generate, and replay them; the answers are the same without.")
+    ] = True
     prefix_cache: Annotated[bool, _help("Keep the blocks of ended requests for others that begin alike.")] = True
     inference_timeout_sec: Annotated[
         float, _help("Seconds from arrival after which a request ends with INFERENCE_TIMEOUT.")
@@ -86,6 +104,14 @@ class WorkerConfig:
         """Whether the float32 reference backend runs the model."""
         return self.device == "cpu" or self.backend == "reference"
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the worker."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
     def __post_init__(self) -> None:
         _in_range("port", self.port, 1024, 65535)
         _in_range("gpu_device", self.gpu_device, 0, 1023)
@@ -97,6 +123,7 @@ class WorkerConfig:
         if self.kv_block_size < 1 or ATTENTION_SPLIT % self.kv_block_size:
             raise StartFailed(f"kv_block_size is {self.kv_block_size}; it must be a divisor of {ATTENTION_SPLIT}")
         _in_range("load_chunk_bytes", self.load_chunk_bytes, KIB, 2048 * MIB)
+        _in_range("vram_reserve_mb", self.vram_reserve_mb, 0, 2**20)
         for name in ("context_length", "max_tokens_in", "kv_cache_size_mb"):
             if (value := getattr(self, name)) is not None:
                 _in_range(name, value, 1, 2**31 - 1)
@@ -112,21 +139,20 @@ class WorkerConfig:
             )
         if self.model is not None and self.model.suffix.lower() != ".gguf":
             raise StartFailed(f"model is {str(self.model)!r}; a path ending in .gguf is needed")
-        _check_loopback(self.host)
+        self._check_exposure()
+
+    def _check_exposure(self) -> None:
+        if not all("!" <= char <= "~" for char in self.api_key):
+            raise StartFailed("api_key must be printable ASCII without spaces")
+        if not self.is_loopback and not self.api_key and self.api_key_file is None:
+            raise StartFailed(
+                f"host is {self.host!r}, which others can reach; that needs an API key: set LLORCH_API_KEY or pass "
+                "--api-key-file, or stay on a loopback address (127.0.0.1, ::1, localhost)"
+            )
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise StartFailed("tls_cert_file and tls_key_file go together; one of them is missing")
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise StartFailed(f"{name} is {value}; it must be from {low} to {high}")
-
-
-def _check_loopback(host: str) -> None:
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise StartFailed(
-            f"host is {host!r}; only loopback addresses (127.0.0.1, ::1, localhost) may be served without "
-            "authentication. Put a proxy in front of the worker to expose it"
-        )

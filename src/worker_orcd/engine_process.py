@@ -44,16 +44,19 @@ def main() -> int:
 
     host = EngineHost(sys.argv[1])
     try:
-        core = _load(host)
+        core, inspect = _load(host)
     except Exception as error:
         host.tell(Broken.by(error))
         host.end()
         return FATAL_EXIT
-    return host.serve(core)
+    return host.serve(core, inspect)
 
 
 def _load(host: Any) -> Any:
-    """The engine of a Setup that is still to come; torch is imported while the API process prepares it."""
+    """The engine of a Setup that is still to come, and what looks after its memory.
+
+    Torch is imported while the API process prepares the setup.
+    """
     import torch  # noqa: F401
 
     from worker_orcd.assemble import build_core, draw_up, load_runtime
@@ -65,7 +68,7 @@ def _load(host: Any) -> Any:
     core, facts = build_core(setup.config, blueprint, runtime, frozenset(setup.eog_ids), setup.unsampleable)
     blueprint.gguf.close()
     host.tell(facts)
-    return core
+    return core, runtime.inspect
 
 
 if __name__ == "__main__":

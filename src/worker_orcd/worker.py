@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from worker_orcd.engine_process import Setup
 from worker_orcd.errors import FieldError, InvalidRequest, WorkerError
 from worker_orcd.narration import BackgroundSink, Narrator
 from worker_orcd.server.app import create_app
-from worker_orcd.server.run import bind, serve
+from worker_orcd.server.auth import ApiKeys
+from worker_orcd.server.run import bind, serve, tls_context
 from worker_orcd.signals import Stopped
 
 SWITCH_S = 0.0005  # how long the event loop waits for a thread that prepares a long prompt; Python's own is 5 ms
+MAX_DIGITS = 640  # of an integer in a body, the least Python knows; thousands of longer ones would hold streams up
 ENGINE_MODULE = "worker_orcd.engine_process"
 
 
@@ -51,24 +54,32 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
     )
     link: ProcessLink | None = None
     try:
+        ApiKeys.of(config)  # what is wrong with them, or with the certificate, is told before the model is loaded
+        tls = tls_context(config)
         listener = bind(config.host, config.port)
         blueprint = draw_up(config)
         link = ProcessLink(ENGINE_MODULE)
         texts = load_texts(config, blueprint)
         blueprint.gguf.close()
         facts = _load_model(config, blueprint, texts, link, narrator)
-        metrics = PrometheusMetrics(config.worker_id, facts.info.quant_kind, facts.num_blocks, facts.vram_bytes)
+        metrics = PrometheusMetrics(
+            config.worker_id, facts.info.quant_kind, facts.num_blocks, facts.vram_bytes, facts.memory
+        )
         engine = EngineClient(link, facts, config.max_queue, metrics)
+        engine.on_inspected = partial(_tell_of_memory, narrator)
         app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator, metrics)
         sys.setswitchinterval(SWITCH_S)
+        sys.set_int_max_str_digits(MAX_DIGITS)
         gc.collect()
         gc.freeze()  # what is there now stays; collecting it again and again would hold streams up
-        return serve(app, listener, engine, narrator)
+        return serve(app, listener, engine, narrator, tls)
     except Stopped:
         narrator.narrate("shutdown", "stopped before serving", action="stop", reason="signal", exit_code=0)
         return 0
     except WorkerError as error:
-        narrator.narrate("error", error.message[:100], level="fatal", action="start", code=error.code)
+        narrator.narrate(
+            "error", error.message[:100], level="fatal", action="start", code=error.code, reason=error.message
+        )
         raise
     finally:
         if link is not None:
@@ -105,7 +116,14 @@ def _load_model(
         vram_bytes=facts.vram_bytes,
         load_ms=round((time.monotonic() - began) * 1e3),
     )
+    for warning in facts.warnings:
+        narrator.narrate("error", warning, level="warn", component="engine", action="start", reason=warning)
     return facts
+
+
+def _tell_of_memory(narrator: Narrator, problem: str) -> None:
+    if problem:
+        narrator.narrate("error", problem[:100], level="fatal", action="inspect_memory", code="CUDA_ERROR")
 
 
 def write_logits(config: WorkerConfig, ids_text: str, out: Path) -> None:

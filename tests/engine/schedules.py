@@ -9,15 +9,30 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.fakes import ByteTokenizer
 from worker_orcd.backends.batch import Batch, LayerKV
 from worker_orcd.engine.core import EngineCore
+from worker_orcd.engine.grammar import GrammarCompiler, Matcher
 from worker_orcd.engine.plain_step import PlainStep
-from worker_orcd.engine.request import Failed, Finished, Request, SamplingParams, Started, Tokens
+from worker_orcd.engine.request import (
+    SAMPLER_ORDER,
+    Failed,
+    Finished,
+    Grammar,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    Started,
+    TokenLogprob,
+    Tokens,
+)
 from worker_orcd.engine.runtime import Runtime
 from worker_orcd.engine.sampler import Sampler
 from worker_orcd.engine.scheduler import Policy, SchedulerLimits
@@ -33,7 +48,7 @@ LONG = 60  # tokens of a prompt that costs time
 EOG_IDS = frozenset(range(2, 12))
 UNSAMPLEABLE = [0, 1]
 POLICIES: tuple[Policy, ...] = ("fcfs", "priority", "shortest-prompt-first")
-FLAVOURS = (
+FLAVOURS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 1.0},
@@ -42,6 +57,21 @@ FLAVOURS = (
     {"temperature": 1.2, "top_p": 0.8},
     {"temperature": 1.1, "min_p": 0.05},
     {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4, "logit_bias": {40: 3.0, 41: -100.0}},
+    {"typical_p": 0.6, "xtc_probability": 0.5, "xtc_threshold": 0.02, "temperature": 1.4},
+    {"dry_multiplier": 2.0, "dry_allowed_length": 1, "dry_breaker_ids": [50], "temperature": 0.0},
+    {"mirostat_tau": 3.0, "mirostat_eta": 0.3, "repetition_penalty": 1.1},
+    {"dynatemp_range": 0.6, "top_k": 40, "order": SAMPLER_ORDER[::-1], "presence_penalty": 0.3},
+)
+WISHES: tuple[dict[str, Any], ...] = (
+    *({},) * 12,
+    {"num_logprobs": 3},
+    {"num_logprobs": 0, "ignore_eos": True},
+    {"prompt_logprobs": True, "num_logprobs": 2},
+    {"prompt_logprobs": True, "max_tokens": 0},
+    {"min_tokens": 5, "stop_ids": list(range(60, 90))},
+    {"grammar": Grammar("regex", "[a-f]{2}(-[0-9]{2})*!")},
+    {"grammar": Grammar("json_object"), "num_logprobs": 1},
 )
 
 
@@ -49,23 +79,35 @@ class Recorder:
     """A model that keeps the logits of every row that samples, by (request id, position)."""
 
     def __init__(self, adapter: ModelAdapter) -> None:
-        self.adapter, self.plan = adapter, list[object]()
+        self.adapter, self.plan = adapter, Plan()
         self.rows: dict[tuple[str, int], list[Tensor]] = {}  # left on the device: reading them would make it wait
 
     def forward(self, batch: Batch, kv: list[LayerKV]) -> Tensor:
         logits = self.adapter.forward(batch, kv)
-        chunks = [chunk for chunk in self.plan if chunk.samples]  # type: ignore[attr-defined]
-        for chunk, row in zip(chunks, logits, strict=True):
-            key = chunk.sequence.request.id, chunk.first + chunk.num_tokens
-            self.rows.setdefault(key, []).append(row)
+        assert len(logits) == sum(chunk.num_logits for chunk in self.plan)
+        end = 0
+        for chunk in self.plan:
+            end += chunk.num_logits
+            if chunk.samples:
+                key = chunk.sequence.request.id, chunk.first + chunk.num_tokens
+                self.rows.setdefault(key, []).append(logits[end - 1])
         return logits
+
+
+class PromptCompiler(GrammarCompiler):
+    """Has compiled when it returns, so that a schedule is the same every time."""
+
+    def compile(self, grammar: Grammar) -> Future[Matcher]:
+        future = super().compile(grammar)
+        future.exception()
+        return future
 
 
 class RecordingStep(PlainStep):
     """Tells the recorder which rows are whose."""
 
     def __init__(self, runtime: Runtime, recorder: Recorder, overlaps: bool) -> None:
-        super().__init__(runtime, Sampler(UNSAMPLEABLE, runtime.device))
+        super().__init__(runtime, Sampler(UNSAMPLEABLE, runtime.device, EOG_IDS))
         self._recorder, self.overlaps = recorder, overlaps
 
     def launch(self, plan: Plan) -> Launched:
@@ -78,6 +120,8 @@ class Outcome:
     """What became of one request."""
 
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt: list[TokenLogprob | None] = field(default_factory=list)
     num_cached: int = 0
     end: str = ""  # a stop reason or an error code
 
@@ -95,6 +139,7 @@ class Bench:
         self._runtime, self.adapter = runtime, runtime.adapter
         layer = runtime.kv[0]
         self._dims = len(runtime.kv), *layer.k.shape[2:]
+        self._compiler = PromptCompiler(Letters, num_ids=300)
         self._requests = draw_requests(random.Random(seed), num_requests)
         self.alone = {request.id: self._run_alone(request) for request in self._requests}
 
@@ -137,7 +182,8 @@ class Bench:
             layer.v.fill_(torch.nan)
         allocator._erase = eraser(kv)  # type: ignore[attr-defined]
         runtime = Runtime(recorder, kv, allocator, self._runtime.device)
-        return EngineCore(RecordingStep(runtime, recorder, overlaps), limits, EOG_IDS, {"model": "tiny"})
+        step = RecordingStep(runtime, recorder, overlaps)
+        return EngineCore(step, limits, EOG_IDS, {"model": "tiny"}, compiler=self._compiler)
 
     def _pick(self, rng: random.Random, is_crowd: bool) -> list[Request]:
         """Mostly a few requests, now and then a crowd; a long prompt is rare because it takes its time."""
@@ -189,16 +235,30 @@ class Bench:
     def _compare(self, request: Request, outcome: Outcome, recorder: Recorder, seed: int) -> list[str]:
         alone, expected = self.alone[request.id]
         place, num_prompt = f"schedule {seed}, request {request.id}", len(request.prompt_ids)
-        if outcome.end != "CANCELLED" and (outcome.tokens, outcome.end) != (alone.tokens, alone.end):
+        if outcome.end != "CANCELLED" and replace(outcome, num_cached=0) != replace(alone, num_cached=0):
             return [f"{place}: {outcome} instead of {alone}"]
-        if outcome.tokens != alone.tokens[: len(outcome.tokens)]:
+        if outcome.tokens != alone.tokens[: len(outcome.tokens)] or outcome.prompt not in ([], alone.prompt):
             return [f"{place}: the tokens before the cancel are others"]
+        if outcome.num_cached and request.prompt_logprobs:
+            return [f"{place}: a prompt was scored from the cache"]
         differences = []
         for position in range(num_prompt, num_prompt + len(outcome.tokens) + (outcome.end == "eos")):
+            if (request.id, position) not in expected:
+                continue  # the answer was complete; its last token was not computed
             rows = recorder.rows.get((request.id, position), [])
             if not rows or any(not torch.equal(bits(row), expected[request.id, position]) for row in rows):
                 differences.append(f"{place}: other logits for position {position}")
         return differences
+
+
+class Letters(ByteTokenizer):
+    """Ids that do not end an answer are bytes."""
+
+    vocab_size = 256
+    eog_ids = EOG_IDS  # type: ignore[assignment]
+
+    def is_control(self, token_id: int) -> bool:
+        return token_id in EOG_IDS
 
 
 def bits(row: Tensor) -> Tensor:
@@ -214,6 +274,11 @@ def note(outcome: Outcome, event: object) -> None:
     elif isinstance(event, Tokens):
         assert event.index == len(outcome.tokens)
         outcome.tokens += event.ids
+        outcome.logprobs += event.logprobs or []
+    elif isinstance(event, PromptLogprobs):
+        assert not outcome.prompt, "told twice"
+        assert not outcome.tokens
+        outcome.prompt = event.tokens
     elif isinstance(event, Finished):
         outcome.end = event.reason
     elif isinstance(event, Failed):
@@ -234,6 +299,6 @@ def draw_requests(rng: random.Random, count: int) -> list[Request]:
         own = rng.randint(226, 256) if i % 20 == 0 else rng.randint(1, 6)
         prompt = [*rng.choice(stems)[: rng.choice((0, 4, 8, 16))], *(rng.randrange(12, 260) for _ in range(own))]
         sampling = SamplingParams(rng.getrandbits(64), **rng.choice(FLAVOURS))
-        max_tokens = rng.choice((1, 4, 8, 16))
-        requests.append(Request(str(i), prompt, max_tokens, sampling, priority=rng.randint(0, 2)))
+        wishes = {"max_tokens": rng.choice((1, 4, 8, 16))} | rng.choice(WISHES)
+        requests.append(Request(str(i), prompt, sampling=sampling, priority=rng.randint(0, 2), **wishes))
     return requests

@@ -213,6 +213,36 @@ def test_cancel_answers_at_once_and_frees_the_name_and_late_words_are_for_nobody
     asyncio.run(scenario())
 
 
+def test_what_a_request_took_is_told_once_it_is_freed_and_once_only() -> None:
+    async def scenario() -> None:
+        rig, freed = Rig(), list[tuple[str, Timings]]()
+        rig.client.on_freed = lambda request, timings: freed.append((request.id, timings))
+        left, stayed = await rig.open("left"), await rig.open("stayed")
+        rig.client.cancel("left")
+        await left
+        assert freed == [], "the engine has not freed it yet"
+        took = Timings(1.0, None, 2.0, 3.0, num_steps=4, num_chunks=5, num_preempted=6)
+        rig.link.say((1, Failed("CANCELLED", "", False, took)), (2, Started()), (2, Finished("eos", took)))
+        await stayed
+        rig.link.say((1, Failed("CANCELLED", "", False, took)))
+        assert freed == [("left", took), ("stayed", took)]
+
+    asyncio.run(scenario())
+
+
+def test_tenants_may_use_the_same_names() -> None:
+    async def scenario() -> None:
+        rig = Rig()
+        mine, theirs = await rig.open("a"), await rig.open("a", tenant="b")
+        assert not rig.client.cancel("a", "c")
+        assert rig.client.cancel("a", "b")
+        assert await theirs == [CANCELLED]
+        rig.link.say((1, Started()), (1, DONE))
+        assert await mine == [Started(), DONE]
+
+    asyncio.run(scenario())
+
+
 def test_cancel_of_a_request_that_the_engine_has_just_finished() -> None:
     async def scenario() -> None:
         rig = Rig()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.scripted import EOS, Rig, ScriptedStep, request
-from worker_orcd.engine.request import Failed, Finished, Started, StepStats, Tokens
+from worker_orcd.engine.request import Failed, Finished, Started, StepStats, Timings, Tokens
 from worker_orcd.engine.sequence import Chunk
 from worker_orcd.engine.step import Result
 from worker_orcd.errors import CudaError, NumericFault, Overloaded, VramOom
@@ -202,7 +202,11 @@ def test_deadlines_count_from_arrival_in_the_queue_and_while_running(overlaps: b
     assert not rig.events["waits"]
     rig.clock.now_s += 0.001
     rig.tick()
-    assert rig.events["waits"] == [Failed("INFERENCE_TIMEOUT", "the request took longer than its 3 s", True)]
+    (event,) = rig.events["waits"]
+    assert isinstance(event, Failed)
+    assert (event.code, event.retriable) == ("INFERENCE_TIMEOUT", True)
+    assert event.message == "the request took longer than its 3 s"
+    assert event.timings == Timings(3000.0, None, 0.0, 3000.0)
     known = len(rig.tokens("runs"))
     rig.clock.now_s += 2.0
     rig.tick()
@@ -225,7 +229,7 @@ def test_cancel_in_every_state_frees_within_one_step(overlaps: bool) -> None:
         rig.cancel(name)
     rig.tick()
     for name in ("decodes", "mid-prompt", "waits"):
-        assert rig.events[name][-1] == Failed("CANCELLED", "the request was cancelled", False)
+        assert rig.end(name) == "CANCELLED"
         rig.cancel(name)  # over: nothing happens
     assert not rig.core.has_work
     assert rig.step.usage()[0] == 0
@@ -303,6 +307,15 @@ def test_stats_count_what_the_step_did() -> None:
     nothing = rig.tick().stats
     assert nothing is not None
     assert (nothing.num_rows, nothing.blocks_used, nothing.blocks_cached) == (0, 0, 4), "state without a step"
+
+
+def test_timings_count_steps_chunks_and_preemptions() -> None:
+    rig = Rig(ScriptedStep(num_blocks=5), max_step_tokens=4, context_length=20)
+    rig.submit(request("old", prompt=9, max_tokens=8), request("young", prompt=3, max_tokens=8))
+    rig.run()
+    old, young = (rig.events[name][-1].timings for name in ("old", "young"))
+    assert (old.num_chunks, old.num_steps, old.num_preempted) == (3, 3 + 7, 0)
+    assert (young.num_chunks, young.num_steps, young.num_preempted) == (1, 1 + 7, 1), "its prompt stayed in the cache"
 
 
 def test_prefixes_are_shared_within_a_tenant_only() -> None:

@@ -42,6 +42,8 @@ def test_the_requests_alone_differ_and_end_in_several_ways(bench: Bench) -> None
     assert {outcome.end for outcome in outcomes} == {"eos", "max_tokens"}
     assert len({tuple(outcome.tokens) for outcome in outcomes}) > 0.8 * len(outcomes)
     assert all(len(logits) >= 1 for _, logits in bench.alone.values())
+    assert sum(bool(outcome.prompt) for outcome in outcomes) >= 5
+    assert sum(len(outcome.logprobs) == len(outcome.tokens) > 0 for outcome in outcomes) >= 5
 
 
 class Nosy:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import random
 import re
-from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
@@ -81,12 +80,6 @@ def test_every_family_is_named_and_explained(metrics: PrometheusMetrics) -> None
         assert all(sample.labels.keys() <= allowed for sample in family.samples)
         if family.type == "histogram":
             assert family.name.endswith(("_ms", "_size"))
-
-
-def test_the_documentation_lists_every_metric(metrics: PrometheusMetrics) -> None:
-    page, docs = metrics.render().decode(), (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    rows = [line.split("|")[1] for line in docs.splitlines() if line.startswith("| `worker_")]
-    assert set(re.findall("`(.+?)`", "".join(rows))) == set(re.findall("# TYPE (.+?) ", page))
 
 
 def test_nothing_is_shared(metrics: PrometheusMetrics) -> None:

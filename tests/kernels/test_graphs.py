@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.kernels.test_cuda_backend import runtime_on
+from worker_orcd.backends.base import SampleKernel
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.engine.core import EngineCore
 from worker_orcd.engine.graphs import ROWS, CudaRecorder, Graphs, Recording
@@ -62,8 +63,10 @@ def requests(count: int) -> list[Request]:
     ]  # fmt: skip
 
 
-def answers(runtime: Runtime, graphs: Graphs | None, wanted: list[Request]) -> dict[int, list[int]]:
-    step = PlainStep(runtime, Sampler([0], runtime.device), graphs)
+def answers(
+    runtime: Runtime, graphs: Graphs | None, wanted: list[Request], kernel: SampleKernel | None = None
+) -> dict[int, list[int]]:
+    step = PlainStep(runtime, Sampler([0], runtime.device, kernel=kernel), graphs)
     step.overlaps = True  # tokens of the step before are read on the device
     core = EngineCore(step, SchedulerLimits(8, 64, CONTEXT), frozenset({2}), {"model": "m"})
     found: dict[int, list[int]] = {}
@@ -92,6 +95,25 @@ def test_the_same_tokens_with_and_without(runtime: Runtime) -> None:
     assert {1, 8} <= rows, "alone and padded steps were recorded"
     if isinstance(record, Repeater):
         assert all(record.calls), "each was replayed"
+
+
+def test_the_same_tokens_from_the_sampling_kernel(runtime: Runtime, gpu: Gpu) -> None:
+    """In a step with rows that torch samples, since a penalty changes their logits."""
+    ways = [{"top_k": 5}, {"top_p": 0.7}, {"repetition_penalty": 1.5}, {"min_p": 0.1, "temperature": 0.5}, {}]
+    wanted = [
+        Request(str(i), [3 + i, 7], 3, SamplingParams(seed=i, **{"temperature": 1.0, **way}))  # type: ignore[arg-type]
+        for i, way in enumerate(ways)
+    ]
+    calls = []
+    sample = CudaBackend(gpu.device, gpu).sample_kernel([0], 321)
+    assert sample is not None
+
+    def kernel(logits: Tensor, table: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return sample(logits, table)
+
+    assert answers(runtime, None, wanted, kernel) == answers(runtime, None, wanted)
+    assert 4 in calls
 
 
 def test_rows_that_pad_leave_the_cache_alone(runtime: Runtime) -> None:

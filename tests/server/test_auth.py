@@ -68,7 +68,7 @@ def basic(key: str) -> dict[str, str]:
 def test_without_a_key_there_is_one_answer_only(rig: Rig, headers: dict[str, str]) -> None:
     answer = rig.call("POST", "/execute", {"job_id": "a", "prompt": "hi"}, headers)
     assert (answer.status, answer.error["code"], answer.error["retriable"]) == (401, "UNAUTHORIZED", False)
-    assert answer.headers["www-authenticate"].startswith("Bearer")
+    assert answer.headers["www-authenticate"].startswith("Basic "), "the first is the one that browsers answer"
     bare = rig.call("POST", "/execute", b"", {"x-correlation-id": "same"})
     again = rig.call("POST", "/execute", b"", headers | {"x-correlation-id": "same"})
     assert again.body == bare.body

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
-from worker_orcd.engine.loop import Broken, Cancel, Command, EngineFacts, Message, Submit
+from worker_orcd.engine.loop import Broken, Cancel, Command, EngineFacts, Inspected, Message, Submit
 from worker_orcd.engine.metrics import MetricsHook
 from worker_orcd.engine.request import (
     EngineStatus,
@@ -22,6 +22,8 @@ from worker_orcd.engine.request import (
     Failed,
     Finished,
     ModelInfo,
+    OnFreed,
+    PromptLogprobs,
     Request,
     Started,
     StepStats,
@@ -84,6 +86,8 @@ class _Stream:
     def post(self, event: Event) -> None:
         if self.events and isinstance(event, Tokens) and isinstance(last := self.events[-1], Tokens):
             last.ids.extend(event.ids)
+            if last.logprobs is not None:
+                last.logprobs.extend(event.logprobs or [])
         else:
             self.events.append(event)
         if self.waiter is not None and not self.waiter.done():
@@ -101,11 +105,12 @@ class EngineClient:
 
     def __init__(self, link: Link, facts: EngineFacts, max_queue: int, metrics: MetricsHook) -> None:
         self.info: ModelInfo = facts.info
+        self.on_freed: OnFreed = lambda *_: None
         self._link, self._facts, self._max_queue, self._metrics = link, facts, max_queue, metrics
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[int, _Stream] = {}  # that may still get events
-        self._by_id: dict[str, _Stream] = {}  # the same, by the client's name
-        self._leaving: dict[int, float] = {}  # ended early, not yet freed by the engine; since when
+        self._by_id: dict[tuple[str, str], _Stream] = {}  # the same, by tenant and the client's name
+        self._leaving: dict[int, tuple[Request, float]] = {}  # ended early, not yet freed by the engine; since when
         self._next_number = 1
         self._stats = NO_STEP
         self._step_s: deque[float] = deque([facts.slowest_step_s], maxlen=101)
@@ -114,6 +119,8 @@ class EngineClient:
         self._mean_job_s: float | None = None  # from start to end, however it ended
         self._is_healthy, self._is_closed = True, False
         self._drift = ""
+        self._misplaced = ""  # where a tensor lies that should lie in VRAM
+        self.on_inspected: Callable[[str], None] = lambda _: None  # called when that changes
         self._failure: WorkerError | None = None
 
     # ------------------------------------------------------------------ the edge's side
@@ -141,8 +148,8 @@ class EngineClient:
                 retry_after_s=self._retry_after_s(self._max_queue),
             )
 
-    def cancel(self, request_id: str) -> bool:
-        stream = self._by_id.get(request_id)
+    def cancel(self, request_id: str, tenant: str = "") -> bool:
+        stream = self._by_id.get((tenant, request_id))
         if stream is not None:
             self._end_early(stream, Cancelled("the request was cancelled"))
         return stream is not None
@@ -151,10 +158,10 @@ class EngineClient:
         stats, reason = self._stats, self._unready_reason()
         num_running = sum(stream.started_s is not None for stream in self._streams.values())
         return EngineStatus(
-            healthy=self._is_healthy and self._failure is None,
+            healthy=self._is_healthy and not self._misplaced and self._failure is None,
             ready=not reason,
             reason=reason,
-            resident=self._facts.vram_bytes > 0,
+            resident=self._facts.vram_bytes > 0 and not self._misplaced,
             vram_bytes_used=self._facts.vram_bytes,
             num_running=num_running,
             num_waiting=len(self._streams) - num_running,
@@ -162,6 +169,7 @@ class EngineClient:
             blocks_used=stats.blocks_used,
             blocks_cached=stats.blocks_cached,
             retry_after_s=self._retry_after_s(len(self._streams) - num_running),
+            memory=self._facts.memory,
         )
 
     async def watch(self) -> WorkerError:
@@ -184,7 +192,8 @@ class EngineClient:
             self._link.attach(loop, self._receive)
 
     def _open(self, request: Request) -> _Stream:
-        if request.id in self._by_id:
+        name = (request.tenant, request.id)
+        if name in self._by_id:
             raise JobConflict(f"job_id {request.id!r} is already running; use a new one")
         self.check_room()
         stream = _Stream(self._next_number, request)
@@ -192,7 +201,7 @@ class EngineClient:
         self._link.send(Submit(stream.number, request))
         if not self._streams:
             self._stalled_s = 0.0
-        self._streams[stream.number] = self._by_id[request.id] = stream
+        self._streams[stream.number] = self._by_id[name] = stream
         return stream
 
     def _retry_after_s(self, num_waiting: int) -> int:
@@ -212,7 +221,7 @@ class EngineClient:
             if stream.started_s is not None:
                 self._learn(now - stream.started_s)  # a stop string ends a job this way, too
             self._end(stream, Failed(error.code, error.message, error.retriable))
-            self._leaving[stream.number] = now
+            self._leaving[stream.number] = (stream.request, now)
             if self._failure is None and not self._is_closed:
                 self._link.send(Cancel(stream.number))
 
@@ -222,7 +231,7 @@ class EngineClient:
 
     def _end(self, stream: _Stream, event: Event) -> None:
         stream.has_ended = True
-        del self._streams[stream.number], self._by_id[stream.request.id]
+        del self._streams[stream.number], self._by_id[stream.request.tenant, stream.request.id]
         stream.post(event)
 
     # ------------------------------------------------------------------ the engine's side
@@ -230,6 +239,10 @@ class EngineClient:
     def _receive(self, message: Message) -> None:
         if isinstance(message, Broken):
             self._break(error_of(message.code, message.message, message.details))
+            return
+        if isinstance(message, Inspected):
+            self._misplaced = message.problem
+            self.on_inspected(message.problem)
             return
         output = message.output
         self._stalled_s = 0.0
@@ -245,10 +258,12 @@ class EngineClient:
             if stream is not None:
                 self._pass_on(stream, event)
             elif isinstance(event, Finished | Failed) and number in self._leaving:
-                self._metrics.record_cancel_latency((time.monotonic() - self._leaving.pop(number)) * 1e3)
+                request, since_s = self._leaving.pop(number)
+                self._metrics.record_cancel_latency((time.monotonic() - since_s) * 1e3)
+                self._account(request, event)
 
     def _pass_on(self, stream: _Stream, event: Event) -> None:
-        if isinstance(event, Tokens):
+        if isinstance(event, Tokens | PromptLogprobs):
             stream.post(event)
             return
         if isinstance(event, Started):
@@ -261,7 +276,12 @@ class EngineClient:
             self._learn(event.timings.decode_ms / 1e3)
         elif event.code in UNHEALTHY_CODES:
             self._is_healthy = False  # until the next request succeeds
+        self._account(stream.request, event)
         self._end(stream, event)
+
+    def _account(self, request: Request, event: Finished | Failed) -> None:
+        if event.timings is not None:
+            self.on_freed(request, event.timings)
 
     # ------------------------------------------------------------------ the watchdog
 
@@ -289,4 +309,4 @@ class EngineClient:
     def _unready_reason(self) -> str:
         if self._failure is not None:
             return self._failure.message
-        return "the worker is shutting down" if self._is_closed else self._drift
+        return "the worker is shutting down" if self._is_closed else self._misplaced or self._drift

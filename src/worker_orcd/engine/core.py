@@ -9,29 +9,35 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from worker_orcd.engine.grammar import GrammarCompiler, Matcher
 from worker_orcd.engine.request import (
     Event,
     Failed,
     Finished,
+    PromptLogprobs,
     Request,
     Started,
     StepStats,
     StopReason,
     Timings,
+    TokenLogprob,
     Tokens,
 )
 from worker_orcd.engine.scheduler import Scheduler, SchedulerLimits
-from worker_orcd.engine.sequence import Plan, Sequence
-from worker_orcd.engine.step import InferenceStep, Launched, Result
+from worker_orcd.engine.sequence import Chunk, Plan, Sequence
+from worker_orcd.engine.step import InferenceStep, Launched, Result, Scored
 from worker_orcd.errors import Cancelled, CudaError, InferenceTimeout, Internal, InvalidRequest, WorkerError
 from worker_orcd.kv.prefix import PrefixChain, root_key
 
 NEVER = float("inf")
+COMPILE_S = 20.0  # from arrival; a grammar that takes longer ends its request
+COMPILE_WAIT_S = 0.005  # with nothing else to do, an engine looks this often whether a grammar is ready
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -63,11 +69,13 @@ class EngineCore:
         eog_ids: frozenset[int],
         cache_scope: dict[str, str],
         clock: Callable[[], float] = time.monotonic,
+        compiler: GrammarCompiler | None = None,
     ) -> None:
-        self._step, self._eog_ids = step, eog_ids
+        self._step, self._eog_ids, self._compiler = step, eog_ids, compiler
         self._cache_scope, self._clock = cache_scope, clock
         self._scheduler = Scheduler(step, limits)
-        self._sequences: dict[int, Sequence] = {}  # waiting or running, by number
+        self._sequences: dict[int, Sequence] = {}  # compiling, waiting or running, by number
+        self._compiling: dict[Sequence, Future[Matcher]] = {}  # not with the scheduler yet
         self._in_flight: Launched | None = None
         self._events: list[tuple[int, Event]] = []
         self._next_deadline = NEVER
@@ -81,12 +89,22 @@ class EngineCore:
         """Queue a request under a number larger than all before; what cannot ever fit fails at once."""
         root = root_key(**self._cache_scope, tenant=request.tenant)
         seq = Sequence.of(request, number, PrefixChain(root, self._step.block_size), self._clock())
-        if (problem := self._scheduler.misfit(seq)) is not None:
+        if (problem := self._misfit(seq)) is not None:
             self._events.append((number, Failed(InvalidRequest.code, problem, retriable=False)))
             return
         self._sequences[number] = seq
         self._next_deadline = min(self._next_deadline, seq.arrived_s + request.timeout_s)
-        self._scheduler.add(seq)
+        if request.grammar is not None and self._compiler is not None:
+            self._compiling[seq] = self._compiler.compile(request.grammar)
+        else:
+            self._scheduler.add(seq)
+
+    def _misfit(self, seq: Sequence) -> str | None:
+        if seq.request.grammar is not None and self._compiler is None:
+            return "response_format: this engine follows no grammars"
+        if seq.request.max_tokens == 0 and not seq.request.prompt_logprobs:
+            return "max_tokens is 0; without prompt logprobs there is nothing to do"
+        return self._scheduler.misfit(seq)
 
     def cancel(self, number: int) -> None:
         """End a request now; one that is unknown or over is left as it is."""
@@ -116,7 +134,9 @@ class EngineCore:
         began = self._clock()
         if began >= self._next_deadline:
             self._expire(began)
-        if self._in_flight is not None and self._scheduler.is_tight():
+        if self._compiling:
+            self._queue_compiled()
+        if self._in_flight is not None and (self._scheduler.is_tight() or self._is_token_needed()):
             self._settle()  # someone may have to yield, and yields only what nobody is writing to
         plan, admitted = self._scheduler.plan()
         admitted = [seq for seq in admitted if seq.started_s is None]  # the others resume
@@ -131,6 +151,27 @@ class EngineCore:
         stats = self._stats(plan, admitted, self._clock() - began)
         events, self._events = self._events, []
         return Output(events, stats)
+
+    def _queue_compiled(self) -> None:
+        """Hand the sequences over whose grammar is ready; end those that get none."""
+        if self._in_flight is None and not (self._scheduler.running or self._scheduler.waiting or self._events):
+            wait(self._compiling.values(), COMPILE_WAIT_S, FIRST_COMPLETED)
+        for seq, future in list(self._compiling.items()):
+            if not future.done():
+                if self._clock() - seq.arrived_s > COMPILE_S:
+                    self._fail(seq, InvalidRequest(f"response_format: not compiled within {COMPILE_S:g} s"))
+                continue
+            try:
+                seq.matcher = future.result()
+            except Exception as error:
+                self._fail(seq, blame(error))
+            else:
+                del self._compiling[seq]
+                self._scheduler.add(seq)
+
+    def _is_token_needed(self) -> bool:
+        """Whether someone cannot go on before the host knows what the step in flight has sampled."""
+        return any(seq.needs_last_token and seq.num_unknown for seq in self._scheduler.running)
 
     def _begin(self, seq: Sequence) -> None:
         seq.started_s = self._clock()
@@ -152,6 +193,8 @@ class EngineCore:
             seq.num_computed += chunk.num_tokens
             seq.num_unknown += chunk.samples
             seq.num_in_flight += 1
+            seq.num_steps += 1
+            seq.num_chunks += chunk.first < seq.num_prompt
         return launched
 
     def _one_by_one(self, plan: Plan) -> Launched:
@@ -189,28 +232,49 @@ class EngineCore:
                 self._release(seq)  # cancelled, or over, while this was computed
             elif isinstance(result, WorkerError):
                 self._fail(seq, result)
+            elif isinstance(result, Scored):
+                self._score(seq, chunk, result)
             elif result:
                 self._extend(seq, result)
 
-    def _extend(self, seq: Sequence, new: list[int]) -> None:
+    def _score(self, seq: Sequence, chunk: Chunk, result: Scored) -> None:
+        """Collect what is known of the prompt, and report it when it is complete; then go on as with the others."""
+        if chunk.scores and not seq.is_scored:
+            seq.prompt_logprobs[chunk.first + 1 :] = result.prompt  # one that was preempted has begun again
+            if len(seq.prompt_logprobs) == seq.num_prompt:
+                seq.is_scored = True
+                self._events.append((seq.number, PromptLogprobs(seq.prompt_logprobs)))
+        if result.tokens:
+            self._extend(seq, result.tokens, result.logprobs)
+
+    def _extend(self, seq: Sequence, new: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
         """Append what was sampled, share what is now confirmed, and end the sequence where it ends."""
         seq.num_computed += len(new) - 1
-        index, reason = len(seq.tokens) - seq.num_prompt, self._take(seq, new)
-        emitted = seq.tokens[seq.num_prompt + index :]
-        if emitted:
+        before = len(seq.tokens)
+        try:
+            reason = self._take(seq, new)
+        except InvalidRequest as error:
+            self._fail(seq, error)
+            return
+        if emitted := seq.tokens[before:]:
             if seq.first_token_s is None:
                 seq.first_token_s = self._clock()
-            self._events.append((seq.number, Tokens(index, emitted)))
-        self._step.confirm(seq, len(seq.tokens) - (reason != "eos"))  # the newest token is not computed yet
+            known = logprobs and logprobs[: len(emitted)]
+            self._events.append((seq.number, Tokens(before - seq.num_prompt, emitted, known)))
+        self._step.confirm(seq, min(len(seq.tokens), before + len(new) - 1))  # the newest token is not computed yet
         if reason is not None:
             self._end(seq, Finished(reason, self._timings(seq)))
 
     def _take(self, seq: Sequence, new: list[int]) -> StopReason | None:
         """Move tokens over until one ends the answer; the end-of-generation token itself is not kept."""
+        if seq.request.max_tokens == 0:
+            return "max_tokens"
         for token in new:
-            if token in self._eog_ids:
+            if token in self._eog_ids or token in seq.request.stop_ids:
                 return "eos"
             seq.tokens.append(token)
+            if seq.matcher is not None and seq.matcher.advance(token):
+                return "eos"
             if len(seq.tokens) >= seq.num_prompt + seq.request.max_tokens:
                 return "max_tokens"
             if len(seq.tokens) >= seq.longest:
@@ -229,12 +293,15 @@ class EngineCore:
                 self._next_deadline = min(self._next_deadline, deadline)
 
     def _fail(self, seq: Sequence, error: WorkerError) -> None:
-        self._end(seq, Failed(error.code, error.message, error.retriable))
+        self._end(seq, Failed(error.code, error.message, error.retriable, self._timings(seq)))
 
     def _end(self, seq: Sequence, event: Event) -> None:
         """Nothing more is computed or said for it; its blocks are free now or, if being written, after this step."""
         del self._sequences[seq.number]
-        self._scheduler.remove(seq)
+        if (future := self._compiling.pop(seq, None)) is not None:
+            future.cancel()
+        else:
+            self._scheduler.remove(seq)
         seq.has_ended = True
         self._release(seq)
         self._events.append((seq.number, event))
@@ -247,7 +314,15 @@ class EngineCore:
         now = self._clock()
         started = now if seq.started_s is None else seq.started_s
         first = None if seq.first_token_s is None else (seq.first_token_s - started) * 1e3
-        return Timings((started - seq.arrived_s) * 1e3, first, (now - started) * 1e3, (now - seq.arrived_s) * 1e3)
+        return Timings(
+            queue_ms=(started - seq.arrived_s) * 1e3,
+            first_token_ms=first,
+            decode_ms=(now - started) * 1e3,
+            total_ms=(now - seq.arrived_s) * 1e3,
+            num_steps=seq.num_steps,
+            num_chunks=seq.num_chunks,
+            num_preempted=seq.num_preempted,
+        )
 
     def _stats(self, plan: Plan, admitted: list[Sequence], seconds: float) -> StepStats:
         used, idle, evicted = self._step.usage()
@@ -260,7 +335,7 @@ class EngineCore:
             num_sampled=sum(chunk.samples for chunk in plan),
             step_ms=seconds * 1e3,
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=len(self._scheduler.waiting) + len(self._compiling),
             blocks_used=used,
             blocks_cached=idle,
             num_preempted=preempted_now,

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Literal, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -118,12 +119,20 @@ class Spread:
 class PrometheusMetrics:
     """A `MetricsPage` in the text format of Prometheus, with a registry of its own.
 
-    `vram_bytes` and `blocks_total` stand until a status says otherwise.
+    `vram_bytes` and `blocks_total` stand until a status says otherwise; `memory_bytes` are by purpose.
     """
 
-    def __init__(self, worker_id: str, quant_kind: str, blocks_total: int, vram_bytes: int) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        quant_kind: str,
+        blocks_total: int,
+        vram_bytes: int,
+        memory_bytes: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._identity = {"worker_id": worker_id, "quant_kind": quant_kind}
         self._blocks_total, self._vram_bytes = blocks_total, vram_bytes
+        self._memory_bytes = memory_bytes
         self._state: StepStats | EngineStatus | None = None  # where the gauges come from
         self._born_s = time.monotonic()
         self._outcomes: Counter[str] = Counter(dict.fromkeys(get_args(Outcome), 0))
@@ -190,6 +199,10 @@ class PrometheusMetrics:
     def _requests(self) -> Iterator[Metric]:
         me, uptime_s = self._identity, time.monotonic() - self._born_s
         yield _gauge("vram_bytes", "Device memory in use.", self._vram_bytes, me)
+        memory = GaugeMetricFamily("worker_planned_bytes", "Memory set aside at start.", labels=["purpose"])
+        for purpose, nbytes in self._memory_bytes.items():
+            memory.add_metric([purpose], nbytes)
+        yield memory
         yield _gauge("uptime_seconds", "Seconds since the worker was ready.", uptime_s, me)
         yield _counters("requests", "Requests that were taken and ended.", "outcome", self._outcomes, me)
         yield _counters(

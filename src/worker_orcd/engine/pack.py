@@ -43,7 +43,9 @@ def pack(plan: Plan, device: torch.device, last_sampled: Tensor | None = None) -
             slots += [blocks[p // block_size] * block_size + p % block_size for p in range(first, last)]
         starts.append(len(tokens))
         lens.append(last)
-        if chunk.samples:
+        if chunk.scores:
+            sample_rows += range(len(tokens) - chunk.num_tokens, len(tokens))
+        elif chunk.samples:
             sample_rows.append(len(tokens) - 1)
     sections = [tokens, positions, slots, starts, lens, sample_rows, unknown_rows, unknown_sources]
     sizes = [*map(len, sections), len(plan) * width]

@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from worker_orcd.engine.core import EngineCore
-from worker_orcd.engine.loop import Broken, Close, Command, EngineFacts, Message, Report, run_loop
+from worker_orcd.engine.loop import Broken, Close, Command, EngineFacts, Inspect, Message, run_loop
 from worker_orcd.errors import Internal, WorkerError, error_of
 
 POLL_MS = 100
@@ -49,7 +49,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 OnProgress = Callable[[int, int, int], None]
 _encoder = msgspec.msgpack.Encoder()
 _start_decoder = msgspec.msgpack.Decoder(Progress | EngineFacts | Broken)
-_message_decoder = msgspec.msgpack.Decoder(Report | Broken)
+_message_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 
 
@@ -197,11 +197,11 @@ class EngineHost:
     def tell(self, message: Progress | EngineFacts | Broken) -> None:
         self._socket.send(_encoder.encode(message))
 
-    def serve(self, core: EngineCore) -> int:
+    def serve(self, core: EngineCore, inspect: Inspect | None = None) -> int:
         """Turn `core` until the API process has enough of it; returns the exit status."""
         gc.collect()
         gc.freeze()  # what is loaded stays; looking through all of it again would hold up a step for 90 ms
-        is_orderly = run_loop(core, self._incoming, self._send)
+        is_orderly = run_loop(core, self._incoming, self._send, inspect)
         self.end()
         return 0 if is_orderly else FATAL_EXIT
 

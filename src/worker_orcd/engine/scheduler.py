@@ -23,6 +23,7 @@ from worker_orcd.kv.allocator import CacheFull
 
 Policy = Literal["fcfs", "priority", "shortest-prompt-first"]
 MAX_PREEMPTED = 3
+SCORE_ROWS = 64  # of a step whose logits are wanted for a prompt's log-probabilities
 MAX_OVERTAKEN = 64  # admissions a policy may let pass before a waiting sequence; then it is next
 
 
@@ -103,16 +104,20 @@ class Scheduler:
         for seq in decodes:
             if seq.table is not None and self._make_room(seq):  # no table: it has yielded a moment ago
                 plan.append(Chunk.of(seq, 1))
-        room = self.limits.max_step_tokens - len(plan)
-        for seq in self.running:
-            if room and seq.num_pending > 1:
-                plan.append(Chunk.of(seq, min(room, seq.num_pending)))
-                room -= plan[-1].num_tokens
-        admitted = []
-        while room and (new := self._admit()) is not None:
-            admitted.append(new)
-            plan.append(Chunk.of(new, min(room, new.num_pending)))
-            room -= plan[-1].num_tokens
+        prompts = [seq for seq in self.running if seq.num_pending > 1]
+        admitted: list[Sequence] = []
+        room, score_room = self.limits.max_step_tokens - len(plan), SCORE_ROWS
+        while room:
+            if prompts:
+                seq = prompts.pop(0)
+            elif (new := self._admit()) is not None:
+                admitted.append(seq := new)
+            else:
+                break
+            if num_tokens := min(room, seq.num_pending, score_room if seq.is_scoring else room):
+                plan.append(Chunk.of(seq, num_tokens))
+                room -= num_tokens
+                score_room -= num_tokens if seq.is_scoring else 0
         return plan, admitted
 
     def _is_full(self, seq: Sequence) -> bool:
@@ -120,8 +125,8 @@ class Scheduler:
         return seq.num_tokens >= seq.longest
 
     def _longest(self, seq: Sequence) -> int:
-        """Tokens the sequence can come to hold."""
-        return min(seq.num_prompt + seq.request.max_tokens, self.limits.context_length)
+        """Tokens the sequence can come to hold; an answer of none still samples one."""
+        return min(seq.num_prompt + max(1, seq.request.max_tokens), self.limits.context_length)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._step.block_size)

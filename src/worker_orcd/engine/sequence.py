@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from worker_orcd.engine.request import Request
+from worker_orcd.engine.grammar import Matcher
+from worker_orcd.engine.request import Request, TokenLogprob
 from worker_orcd.kv.allocator import BlockTable
 from worker_orcd.kv.prefix import PrefixChain
 
@@ -29,15 +31,38 @@ class Sequence:
     sampled_row: int = 0  # where the step before left its newest token
     num_cached: int = 0  # tokens found in the prefix cache when it last started
     longest: int = 0  # tokens it can come to hold, set when it is queued
+    num_steps: int = 0
+    num_chunks: int = 0  # steps that computed tokens of the prompt
     num_preempted: int = 0
     num_overtaken: int = 0  # later arrivals that were admitted before it
     started_s: float | None = None
     first_token_s: float | None = None
     has_ended: bool = False
+    needs_last_token: bool = False  # the host must know a token before the next one can be sampled
+    wants_logprobs: bool = False  # of the answer or the prompt
+    has_bias: bool = False  # some ids are made more or less likely, or banned
+    matcher: Matcher | None = None  # where the answer stands in the request's grammar
+    program: tuple[str, ...] | None = None  # the sampler's filters, once it has looked
+    mirostat_mu: float | None = (
+        None  # bits: the surprise from which on mirostat cuts off; None before the first token
+    )
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # those known so far
+    is_scored: bool = False  # they have been reported
 
     @classmethod
     def of(cls, request: Request, number: int, chain: PrefixChain, arrived_s: float = 0.0) -> Sequence:
-        return cls(request, number, chain, arrived_s, list(request.prompt_ids))
+        seq, sampling = cls(request, number, chain, arrived_s, list(request.prompt_ids)), request.sampling
+        has_state = sampling.dry_multiplier > 0 or sampling.mirostat_tau > 0
+        seq.needs_last_token = has_state or request.grammar is not None
+        seq.wants_logprobs = request.num_logprobs is not None or request.prompt_logprobs
+        seq.has_bias = bool(sampling.logit_bias or request.min_tokens or request.ignore_eos)
+        return seq
+
+    @property
+    def block_table(self) -> BlockTable:
+        """Its place in the cache; a sequence in a step has one."""
+        assert self.table is not None
+        return self.table
 
     @property
     def num_prompt(self) -> int:
@@ -57,6 +82,17 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     @property
+    def is_scoring(self) -> bool:
+        """Whether the prompt is computed for its log-probabilities: all of it, and no prefix from the cache."""
+        return self.request.prompt_logprobs and not self.is_scored
+
+    def banned_ids(self, eog_ids: frozenset[int]) -> Collection[int]:
+        """Ids that would end the answer and may not be drawn yet, or at all."""
+        if self.num_generated < self.request.min_tokens:
+            return eog_ids.union(self.request.stop_ids)
+        return eog_ids if self.request.ignore_eos else ()
+
+    @property
     def num_pending(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
         return self.num_tokens - self.num_computed
@@ -70,13 +106,27 @@ class Chunk:
     first: int
     num_tokens: int
     samples: bool  # the last pending token is among them, so the next one is sampled
+    scores: bool = False  # the logits of every row are wanted
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> Chunk:
         """The next `num_tokens` pending tokens."""
         pending = sequence.num_tokens - sequence.num_computed
         assert 0 < num_tokens <= pending
-        return cls(sequence, sequence.num_computed, num_tokens, num_tokens == pending)
+        first = sequence.num_computed
+        scores = sequence.wants_logprobs and sequence.is_scoring and first < sequence.num_prompt
+        return cls(sequence, first, num_tokens, num_tokens == pending, scores)
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits it asks for."""
+        return self.num_tokens if self.scores else int(self.samples)
+
+    @property
+    def scored(self) -> list[int]:
+        """The prompt's tokens whose log-probability the first of these rows give."""
+        seq, first = self.sequence, self.first + 1
+        return seq.tokens[first : min(first + self.num_tokens, seq.num_prompt)] if self.scores else []
 
 
 Plan = list[Chunk]  # what one step computes, each sequence at most once

@@ -5,13 +5,25 @@ engine/plain_step.py samples one token a sequence; a speculative step drops in b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+from worker_orcd.engine.request import TokenLogprob
 from worker_orcd.engine.sequence import Plan, Sequence
 from worker_orcd.errors import WorkerError
 from worker_orcd.kv.allocator import CacheFull, KVCacheAllocator
 
-Result = list[int] | WorkerError  # new tokens of one sequence, or what went wrong with it alone
+
+@dataclass(frozen=True)
+class Scored:
+    """The result of a sequence that asked for log-probabilities."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None  # one for each token
+    prompt: list[TokenLogprob]  # of the prompt's tokens that follow those computed
+
+
+Result = list[int] | Scored | WorkerError  # new tokens of one sequence, or what went wrong with it alone
 
 
 class Launched(Protocol):
@@ -88,7 +100,7 @@ class CachedStep:
 
     def start(self, seq: Sequence, spare: int) -> None:
         table = self.allocator.new_table()
-        known = len(seq.tokens) - 1  # the last token is always computed: its logits are wanted
+        known = 0 if seq.is_scoring else len(seq.tokens) - 1  # rows whose logits are wanted are always computed
         try:
             num_hits = self.allocator.reuse(table, seq.chain.keys(seq.tokens, known))
             self.allocator.grow(table, seq.num_tokens, spare)

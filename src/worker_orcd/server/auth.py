@@ -19,7 +19,7 @@ from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import StartFailed, Unauthorized
 
 MAX_FILE_BYTES = 1024 * 1024
-CHALLENGE = {"www-authenticate": 'Bearer realm="worker-orcd", Basic realm="worker-orcd"'}
+CHALLENGE = {"www-authenticate": 'Basic realm="worker-orcd", Bearer realm="worker-orcd"'}  # a browser reads the first only
 _KEY = re.compile(r"[!-~]+")  # what a header can carry without doubt
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
