@@ -69,7 +69,10 @@ def test_stop_string_limits_and_template(served: Worker) -> None:
     assert events[-1][1]["stop_reason"] == "stop_sequence"
     assert events[-1][1]["stop_sequence_matched"] == stop
     assert "".join(data.get("t", "") for _, data in events) == whole[: whole.index(stop)]
-    assert served.execute(max_tokens=3)[-1][1] | {"decode_time_ms": 0} == {
+    end = served.execute(max_tokens=3)[-1][1]
+    receipt = end.pop("receipt")
+    assert receipt["max_tokens"] == 3
+    assert end | {"decode_time_ms": 0} == {
         "tokens_out": 3, "decode_time_ms": 0, "stop_reason": "max_tokens", "seed": 42, "cached_tokens": 0,
     }  # fmt: skip
     assert served.execute(temperature=0, apply_chat_template=True)[0][1]["prompt_tokens"] > len(PROMPT.split())
