@@ -3,6 +3,12 @@ PYTHON ?= python3
 BIN    := .venv/bin
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
+PART        ?= kernels models engine
+TOGETHER    := --numprocesses 6 --dist worksteal
+GPU_kernels := tests/kernels tests/backends tests/quant $(TOGETHER)
+GPU_models  := tests/gpu $(TOGETHER)
+GPU_engine  := tests/test_gpu.py --numprocesses 0# measures memory, so it has the card to itself
+
 .PHONY: help .venv haiku test soak check format test-gpu bench clean
 
 help:                        ## list the targets
@@ -35,8 +41,9 @@ format: .venv                ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-gpu: .venv              ## what only a GPU can show
-	$(BIN)/python -m pytest -m gpu
+test-gpu: .venv              ## what only a GPU can show; PART=kernels, models or engine is a third of it
+	@$(BIN)/python -c "import torch; print(torch.cuda.get_device_name(0))"
+	$(foreach part,$(PART),$(BIN)/python -m pytest -m gpu --timeout 300 $(or $(GPU_$(part)),$(error no part $(part))) &&) true
 
 bench: .venv                 ## host time of a step, tokens/s over HTTP, speed of the embedded model
 	$(BIN)/python benchmarks/bench_engine.py

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from results import add_out, finish
+from results import add_out, driver, finish
 
 COPY_BYTES = 2**32
 REPEATS = 20
@@ -42,14 +41,6 @@ def read_gbps() -> float:
     """Bytes read a nanosecond, by a sum of 8-byte numbers."""
     source = torch.randint(-9, 9, (COPY_BYTES // 8,), dtype=torch.int64, device="cuda")
     return COPY_BYTES / median_us(source.sum) / 1e3
-
-
-def driver() -> str:
-    """What the NVIDIA driver says of itself."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except OSError:
-        return "unknown"
 
 
 def main() -> None:

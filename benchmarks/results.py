@@ -9,6 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu, "num_cpus": len(os.sched_getaffinity(0)), "gpus": gpus, "system": platform.system()}
+    numbers = {"cpu": cpu, "num_cpus": len(os.sched_getaffinity(0)), "gpus": gpus, "system": platform.system()}
+    return numbers | ({"driver": driver()} if gpus else {})
+
+
+def driver() -> str:
+    """What the NVIDIA driver says of itself."""
+    return next(iter(_lines("/proc/driver/nvidia/version")), "unknown")
 
 
 def versions() -> dict[str, str]:
@@ -43,6 +50,7 @@ def versions() -> dict[str, str]:
         "worker_orcd": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "numpy": numpy.__version__,
         "msgspec": msgspec.__version__,
     }
@@ -69,6 +77,13 @@ def _print_table(prefix: str, numbers: dict[str, Any]) -> None:
             _print_table(f"{prefix}{name} ", value)
         else:
             print(f"{prefix + name:44}{value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _lines(path: str) -> list[str]:

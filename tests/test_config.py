@@ -148,6 +148,9 @@ def test_more_tokens_a_step_need_more_room(model: Path) -> None:
 PASSED_ON: list[tuple[list[str], dict[str, str], dict[str, object]]] = [
     ([], {}, {"prefix_cache": True, "scheduling_policy": "fcfs", "max_queue": 128}),
     (["--no-prefix-cache"], {}, {"prefix_cache": False}),
+    (["--no-cuda-graphs"], {}, {"cuda_graphs": False}),
+    ([], {"LLORCH_CUDA_GRAPHS": "false"}, {"cuda_graphs": False}),
+    ([], {}, {"cuda_graphs": True}),
     ([], {"LLORCH_PREFIX_CACHE": "false"}, {"prefix_cache": False}),
     ([], {"LLORCH_PREFIX_CACHE": "true"}, {"prefix_cache": True}),
     (["--prefix-cache"], {"LLORCH_PREFIX_CACHE": "false"}, {"prefix_cache": True}),
@@ -179,6 +182,12 @@ def core_of(model: Path, **settings: Any) -> EngineCore:
     blueprint = draw_up(config)
     core, _ = build_core(config, blueprint, load_runtime(config, blueprint, lambda *_: None), frozenset({2}), [0])
     return core
+
+
+def test_a_step_no_larger_than_the_kernels_take(model: Path) -> None:
+    with pytest.raises(StartFailed, match="max_tokens_per_step is 65536; this model allows 65535 on the GPU"):
+        draw_up(WorkerConfig(model=model, device="cuda", max_tokens_per_step=65_536))
+    assert draw_up(WorkerConfig(model=model, device="cpu", max_tokens_per_step=65_536)).max_step_tokens == 65_536
 
 
 def test_settings_reach_the_engine(model: Path) -> None:

@@ -32,6 +32,7 @@ from worker_orcd.engine.scheduler import SchedulerLimits
 from worker_orcd.engine.score import score
 from worker_orcd.errors import InsufficientVram, StartFailed
 from worker_orcd.models.adapter import ModelAdapter
+from worker_orcd.synthetic import parse_name, write_synthetic
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["reference", "cuda"]
@@ -169,6 +170,46 @@ def test_the_plan_bounds_what_the_driver_says_was_taken(backend: str, slack_mib:
     print(done.stdout)
     assert taken <= planned, (planned, taken)
     assert taken >= planned - slack_mib * 2**20, "the plan is far above what is needed"
+
+
+LOAD = """
+import json, resource, sys
+from pathlib import Path
+from worker_orcd.assemble import draw_up, load_runtime
+from worker_orcd.config import WorkerConfig
+
+config, seen = WorkerConfig(model=Path(sys.argv[1]), device="cuda", kv_cache_size_mb=64), []
+blueprint = draw_up(config)
+runtime = load_runtime(config, blueprint, lambda percent, *_: seen.append(percent))
+stored = sum(info.nbytes for info in blueprint.gguf.tensors.values())
+host_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps([stored, runtime.ledger.by_purpose()["weights"], host_mib, seen]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "share"),
+    [
+        ("qwen2.5-0.5b:Q4_K_M", 0.02),
+        ("llama-3.1-8b:Q4_K_M", 0.02),
+        ("phi-3-mini:Q4_0", 0.02),
+        ("gpt2:Q8_0", 0.02),
+        ("gpt-oss-20b:MXFP4", 0.025),  # its 2,880 inputs fill 22 tiles and a half
+    ],
+)
+def test_weights_take_little_more_than_the_file_holds(model: str, share: float, tmp_path: Path) -> None:
+    """Of true shapes, with four layers: in VRAM, and in the host's memory on the way; and all is given back."""
+    path = tmp_path / "model.gguf"
+    write_synthetic(path, *parse_name(model), layers=4)
+    before = torch.cuda.mem_get_info()[0]
+    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    stored, taken, host_mib, percents = json.loads(done.stdout.splitlines()[-1])
+    print(f"{model}: {stored} bytes stored, {taken} taken, {host_mib:.0f} MiB of host memory at most")
+    assert taken <= stored * (1 + share)
+    assert host_mib < 1536
+    assert percents == [0, 25, 50, 75, 100]
+    assert torch.cuda.mem_get_info()[0] > before - 64 * 2**20
 
 
 def test_the_engine_knows_the_vram_it_holds() -> None:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; `plan` and `inspect` come th
     from worker_orcd.tokenizer.chat import ChatTemplate
 
 STEP_TOKENS = {"cpu": 64, "cuda": 512}  # by default: bounds workspace, and how long a cancel can go unseen
+MAX_ROWS = 65_535  # that a kernel of kernels/ops takes; with experts a token has one for each it uses
 
 
 def embedded_model() -> Path:
@@ -75,6 +76,9 @@ def draw_up(config: WorkerConfig) -> Blueprint:
     spec = read_spec(gguf)
     check_tensors(gguf, tensor_table(spec, gguf.tensors))
     max_step_tokens = config.max_tokens_per_step or max(STEP_TOKENS[config.device], config.max_batch)
+    most = MAX_ROWS // (spec.experts.num_used if spec.experts else 1)
+    if max_step_tokens > most and not config.is_reference:
+        raise StartFailed(f"max_tokens_per_step is {max_step_tokens}; this model allows {most} on the GPU")
     cache = _cache_size(config, spec, HOST_CACHE_BYTES if config.is_reference else 0)
     return Blueprint(gguf, spec, cache, max_step_tokens, _plan(config, gguf, spec, cache, max_step_tokens))
 

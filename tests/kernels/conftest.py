@@ -10,13 +10,20 @@ import torch
 from tests.kernels.emulator.gpu import EmulatedGpu
 from worker_orcd.kernels.gpu import Gpu
 
+HAS_GPU = torch.cuda.is_available()
 NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU needs g++")
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+NO_GPU = pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU")
+NOT_INTERPRETED = pytest.mark.skipif(
+    HAS_GPU, reason="Triton compiles for the GPU here, so attention needs the real one"
+)
 
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param("emulated", marks=NO_COMPILER), pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])],
+    params=[
+        pytest.param("emulated", marks=[NO_COMPILER, NOT_INTERPRETED]),
+        pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]),
+    ],
 )
 def gpu(request: pytest.FixtureRequest) -> Gpu:
     return EmulatedGpu() if request.param == "emulated" else Gpu(torch.device("cuda", 0))

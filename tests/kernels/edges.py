@@ -111,9 +111,9 @@ class Edges:
             assert 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size
 
 
-def attention() -> None:
+def attention(forms: Sequence[tuple[Form, bool]]) -> None:
     """Prompts of lengths around a tile and a split, then one row of each: by one program, and by several."""
-    for form, has_sinks in FORMS:
+    for form, has_sinks in forms:
         world = build(form, [1, 9, 65, 300], 16, torch.float16, has_sinks)
         assert all(rows.isfinite().all() for rows in run(world, [(s, 0, len(q)) for s, q in enumerate(world.q)]))
         last = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
@@ -127,10 +127,10 @@ def main(gpu: Gpu, kinds: Sequence[GgmlType] = tuple(FORMATS), widest: int = 850
         edges.products(kind)
     edges.layer()
     edges.sampling()
-    attention()
 
 
 if __name__ == "__main__":
     main(Gpu(torch.device("cuda", 0)), [GgmlType[name] for name in sys.argv[1:]] or list(FORMATS))
+    attention(FORMS)
     torch.cuda.synchronize()
     print("all launched")

@@ -234,6 +234,7 @@ def test_what_does_not_match_is_refused_before_a_launch(gpu: Gpu) -> None:
         ("gate and up", lambda: ops.activate([y, y], 95)),
         ("gate and up", lambda: ops.activate([y, kernel_ops.Part(y[0][..., :48].contiguous())], 48)),
         ("columns are needed", lambda: ops.activate([y], 96)),
+        ("has a gate", lambda: ops.activate([y], 96, "clamped", is_gated=False)),
         ("at most", lambda: ops.to_image(torch.zeros(65_536, 4, device=gpu.device))),
         ("columns are needed", rope(heads=(1, 2, 24))),
         ("cannot be taken", rope(heads=(2, 2, 23))),

@@ -27,6 +27,8 @@ from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, attention_kerne
 
 DECODE_ROWS = 16  # the fewest rows of a tensor core product
 UNROLL = 8  # partials loaded at once when they are folded
+HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
+KV_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROGRAMS = 512  # decode programs wanted: as many as an H200 holds at once; measured
 
 
@@ -80,18 +82,72 @@ def attend(
     """q [T, Hq, D] over k, v [blocks, block_size, Hk, D] → [T, Hq, D] of q's type. Never waits for the device.
 
     sinks [Hq] f32: a logit per head that takes part in the sum of weights and has no value. `out` may be an image,
-    bf16 [pieces, groups, 8, 64]: heads side by side in the order of the matmuls.
+    bf16 [pieces, groups, 8, 64]: heads side by side in the order of the matmuls. Raises ValueError before a launch
+    that cannot be right.
     """
-    assert all(x.is_contiguous() for x in (q, k, v, pages.block_table))
-    assert SPLIT.value % k.shape[1] == 0
-    assert q.shape[1:] == (form.num_heads, form.head_dim)
-    assert k.shape[2:] == v.shape[2:] == (form.num_kv_heads, form.head_dim)
+    _check_form(form)
+    _check_cache(k, v, form)
+    _check_rows(q, pages, form, sinks, out)
+    _check_memory(q, (k, v), pages, [x for x in (sinks, out) if x is not None])
     call = Call(torch.empty_like(q) if out is None else out, q, k, v, pages, form, sinks)
     if q.shape[0] > call.num_seqs:
         launch_prompts(call, prompt_launch(form))
     if call.num_seqs > 1 or q.shape[0] == 1:
         launch_decodes(call, decode_launch(form, call.num_seqs, call.max_splits))
     return call.out
+
+
+def _check_form(form: Form) -> None:
+    dim, heads, kv_heads = form.head_dim, form.num_heads, form.num_kv_heads
+    if not 0 < dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
+        raise ValueError(f"heads of {dim} numbers: a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM} is needed")
+    if min(heads, kv_heads) < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
+    if not form.scale > 0:
+        raise ValueError(f"a scale of {form.scale}: it must be above 0")
+
+
+def _check_cache(k: Tensor, v: Tensor, form: Form) -> None:
+    if k.shape != v.shape or k.ndim != 4 or k.shape[2:] != (form.num_kv_heads, form.head_dim):
+        heads = f"{form.num_kv_heads} heads of {form.head_dim}"
+        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} for {heads}")
+    if not 0 < k.shape[1] <= SPLIT.value or SPLIT.value % k.shape[1]:
+        raise ValueError(f"blocks of {k.shape[1]} tokens: a divisor of {SPLIT.value} is needed")
+    if k.dtype != v.dtype or k.dtype not in KV_TYPES:
+        raise ValueError(f"keys of {k.dtype} and values of {v.dtype}; one of {KV_TYPES} is needed")
+
+
+def _check_rows(q: Tensor, pages: Pages, form: Form, sinks: Tensor | None, out: Tensor | None) -> None:
+    starts, lens, table = pages.query_starts, pages.context_lens, pages.block_table
+    if q.ndim != 3 or q.shape[1:] != (form.num_heads, form.head_dim):
+        raise ValueError(f"queries {tuple(q.shape)} for {form.num_heads} heads of {form.head_dim}")
+    if starts.shape != (len(lens) + 1,) or table.ndim != 2 or len(table) != len(lens):
+        raise ValueError(f"{len(starts)} starts and a block table {tuple(table.shape)} for {len(lens)} sequences")
+    if sinks is not None and sinks.shape != (form.num_heads,):
+        raise ValueError(f"sinks {tuple(sinks.shape)} for {form.num_heads} heads")
+    if out is not None and not _has_room(out, q):
+        raise ValueError(f"{out.dtype} {tuple(out.shape)} has no room for {tuple(q.shape)}")
+
+
+def _check_memory(q: Tensor, cache: tuple[Tensor, Tensor], pages: Pages, others: list[Tensor]) -> None:
+    integers = (pages.query_starts, pages.context_lens, pages.block_table)
+    if q.dtype != torch.float32 or any(x.dtype != torch.int64 for x in integers):
+        raise ValueError(
+            f"queries of {q.dtype} and integers of {[x.dtype for x in integers]}; float32 and int64 are needed"
+        )
+    for x in (*cache, *integers, *others):
+        if x.device != q.device:
+            raise ValueError(f"a tensor lies on {x.device}, not on {q.device}")
+    if not all(x.is_contiguous() for x in (q, *cache, *integers, *others)):
+        raise ValueError("queries, cache and integers must be contiguous")
+
+
+def _has_room(out: Tensor, q: Tensor) -> bool:
+    """Whether `out` is as large as the queries, or an image of as many rows."""
+    width = q.shape[1] * q.shape[2]
+    if out.ndim != 4:
+        return out.shape == q.shape
+    return out.shape[0] * 64 >= width and out.shape[1] * 8 >= len(q) and out.shape[2:] == (8, 64)
 
 
 @dataclass(frozen=True)

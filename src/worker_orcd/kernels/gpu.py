@@ -14,6 +14,7 @@ from worker_orcd.kernels.nvrtc import architecture, cubin
 from worker_orcd.kernels.source import Source
 
 MAX_COMPILERS = 8
+ALIGNMENT_BYTES = 16  # of what kernels read or copy by the vector
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,16 @@ class Gpu:
         kernel(work.grid, work.threads, args, torch.cuda.current_stream(self.device).cuda_stream)
 
     def require(self, *tensors: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """Raises ValueError unless all are contiguous, of `dtype` and on this GPU: a kernel trusts its pointers."""
+        """Raises ValueError unless all are contiguous, of `dtype`, aligned and on this GPU: kernels trust pointers.
+
+        Integers of 64 bits are read one by one and may begin anywhere.
+        """
         for tensor in tensors:
             if tensor.dtype != dtype or not tensor.is_contiguous():
                 raise ValueError(f"{dtype} and contiguous is needed, not {tensor.dtype} {tensor.stride()}")
             if tensor.device != self.device:
                 raise ValueError(f"a tensor lies on {tensor.device}, not on {self.device}")
+            if dtype != torch.int64 and (offset := tensor.data_ptr() % ALIGNMENT_BYTES):
+                raise ValueError(
+                    f"{dtype} {tuple(tensor.shape)} begins {offset} bytes past a multiple of {ALIGNMENT_BYTES} bytes"
+                )

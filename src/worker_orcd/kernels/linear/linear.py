@@ -22,6 +22,7 @@ from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
 
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
+MAX_SLICES = 65_535  # a grid's second axis
 ROWS_WITH_PARTIALS = 128  # rows for which slices write partial sums; more are taken in turns
 REGISTERS = {1: (216, 40), 2: (232, 40), 3: (152, 32), 4: (112, 24)}  # consumers', producer's; by warpgroups
 
@@ -52,6 +53,11 @@ class TiledMatrix:
             raise ValueError(f"{self.count} matrices of {self.shape[0]} rows: a multiple of {TILE_ROWS} is needed")
         if not 1 <= self.plan.slices <= expected[1]:
             raise ValueError(f"{self.plan.slices} slices of a matrix with {expected[1]} tiles along K")
+        if self.plan.slices > MAX_SLICES or expected[1] * self.plan.slices >= 2**31:
+            raise ValueError(
+                f"{self.plan.slices} slices of {expected[1]} tiles along K; at most {MAX_SLICES} are possible, "
+                "and 2^31 of both multiplied"
+            )
 
 
 def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> TiledMatrix:

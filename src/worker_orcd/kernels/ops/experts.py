@@ -16,7 +16,7 @@ from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
 from worker_orcd.kernels.linear.plan import FewTokens
-from worker_orcd.kernels.ops.ops import ROW_THREADS, Ops, Part
+from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Ops, Part
 from worker_orcd.kernels.source import Source, defined
 
 MAX_EXPERTS, MAX_USED = 256, 16
@@ -32,6 +32,7 @@ class Routing:
     experts: Tensor  # i32 [P], whose place it is, or -1
     owners: Tensor  # i32 [P / unit]
     unit: int
+    num_experts: int
     source: Source
 
     @property
@@ -50,6 +51,10 @@ class ExpertOps:
         num_rows, device = scores[0].slices.shape[1], self._gpu.device
         source = Source("ops", "rows.cu", defined(EXPERTS=num_experts, USED=num_used))
         pairs = num_rows * num_used
+        if pairs > MAX_GRID_Y:
+            raise ValueError(
+                f"{num_rows} rows take {num_used} experts each, {pairs} places; at most {MAX_GRID_Y} fit"
+            )
         unit = unit_rows(pairs, num_experts)
         num_units = pairs // unit + min(num_experts, pairs)
         chosen, places = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
@@ -60,11 +65,14 @@ class ExpertOps:
         self._gpu.launch(source, "route", Work((num_rows, 1, 1), 32), [*args, int(over_chosen)])
         args = [chosen, places, experts, owners, pairs, num_units, unit]
         self._gpu.launch(source, "arrange", Work((int(num_rows > 0), 1, 1), ARRANGE_THREADS), args)
-        return Routing(weights, places, experts, owners, unit, source)
+        return Routing(weights, places, experts, owners, unit, num_experts, source)
 
     def spread(self, image: Tensor, routing: Routing) -> Tensor:
         """The image of T rows → that of P places."""
         pieces, groups = image.shape[:2]
+        self._gpu.require(image, dtype=torch.bfloat16)
+        if image.shape[2:] != (8, 64) or groups * 8 < len(routing.weights):
+            raise ValueError(f"an image {tuple(image.shape)} for {len(routing.weights)} rows")
         out = image.new_empty(pieces, routing.num_places // 8, 8, 64)
         args: list[Argument] = [image, out, routing.places, pieces * 8, groups, out.shape[1]]
         blocks, pairs = -(-pieces * 8 // ROW_THREADS), len(routing.places)
@@ -76,6 +84,13 @@ class ExpertOps:
         n, depth = matrix.shape[0], matrix.tiles.shape[1]
         if image.shape[0] != -(-matrix.shape[1] // 256) * 4 or image.shape[1] * 8 < routing.num_places:
             raise ValueError(f"an image {tuple(image.shape)} for {routing.num_places} rows of {matrix.shape[1]}")
+        if matrix.count != routing.num_experts or (bias is not None and bias.shape != (matrix.count * n,)):
+            found = None if bias is None else tuple(bias.shape)
+            raise ValueError(
+                f"{matrix.count} matrices of {n} rows and a bias {found} for {routing.num_experts} experts"
+            )
+        self._gpu.require(image, dtype=torch.bfloat16)
+        self._gpu.require(matrix.tiles, dtype=torch.uint8)
         slices, units, share = matrix.plan.slices, len(routing.owners), 1
         variant = FewTokens(routing.unit // 8, 8, 2, 1, early=False)
         while variant.groups > 1 and matrix.plan.shared_bytes(variant) > self._gpu.card.shared_bytes:
@@ -94,6 +109,8 @@ class ExpertOps:
     def combine(self, given: Part, routing: Routing) -> Tensor:
         """What the places gave → rows f32 [T, N], slot by slot in order."""
         num_rows, width = routing.weights.shape[0], given.slices.shape[2]
+        if width % 4:
+            raise ValueError(f"rows of {width} numbers: a multiple of 4 is needed")
         y = torch.empty(num_rows, width, device=self._gpu.device)
         part = self._ops.part(given, routing.num_places, width)
         args: list[Argument] = [part, routing.places, routing.weights, y, routing.num_places]

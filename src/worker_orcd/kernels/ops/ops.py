@@ -92,10 +92,14 @@ class Ops:
         self._gpu.require(*at, dtype=torch.int64)
         if dim % 2 or not 0 < dim <= MAX_HEAD_DIM or 2 * half > dim or table[0].shape != table[1].shape:
             raise ValueError(f"heads of {dim} numbers, of which {2 * half} rotate, cannot be taken")
+        if len(at[1]) != num_rows:
+            raise ValueError(f"{num_rows} positions and {len(at[1])} slots")
         for side in cache:
             if side.shape[2:] != (num_kv_heads, dim) or side.dtype not in KV_BITS or side.dtype != cache[0].dtype:
                 raise ValueError(f"a cache {side.dtype} {tuple(side.shape)} for {num_kv_heads} heads of {dim}")
             self._gpu.require(side, dtype=side.dtype)
+        if cache[0].shape != cache[1].shape:
+            raise ValueError(f"keys {tuple(cache[0].shape)} and values {tuple(cache[1].shape)} differ in size")
         q = torch.empty(num_rows, num_heads, dim, device=self._gpu.device)
         args: list[Argument] = [self.sums(qkv, num_rows, (num_heads + 2 * num_kv_heads) * dim)]
         args += [*(self._norm(norm, dim) for norm in norms), q, *cache, *table, *at]
@@ -110,8 +114,10 @@ class Ops:
     ) -> Tensor:
         """The image of act(gate) · up, the first and the second `width` columns; not gated: of act(up)."""
         num_rows = gate_up[0].slices.shape[1]
-        if width % 4 or (len(gate_up) == 2 and gate_up[0].slices.shape[2] != width):
+        if width % 4 or len(gate_up) > 2 or (len(gate_up) == 2 and gate_up[0].slices.shape[2] != width):
             raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in gate_up]}")
+        if kind == "clamped" and not is_gated:
+            raise ValueError("the clamped activation has a gate")
         image = self.image(num_rows, width)
         sums = self.sums(gate_up, num_rows, (1 + is_gated) * width)
         source = Source("ops", "rows.cu", defined(ACTIVATION=kind.upper(), GATED=int(is_gated)))
@@ -124,10 +130,12 @@ class Ops:
 
         places i32 [16, bits of a row in a tile]: where in the tile each bit lies.
         """
+        (_, depth, tile_bytes), row_bytes = tiles.shape, places.shape[1] // 8
+        if depth * row_bytes >= 2**31:
+            raise ValueError(f"rows of {depth * row_bytes} bytes; at most {2**31 - 1} are possible")
         self._gpu.require(tiles, dtype=torch.uint8)
         self._gpu.require(places, dtype=torch.int32)
         self._gpu.require(rows, dtype=torch.int64)
-        (_, depth, tile_bytes), row_bytes = tiles.shape, places.shape[1] // 8
         if places.shape != (16, tile_bytes // 2):
             raise ValueError(f"places {tuple(places.shape)} for tiles of {tile_bytes} bytes")
         out = torch.empty(len(rows), depth, row_bytes, dtype=torch.uint8, device=self._gpu.device)
@@ -193,8 +201,10 @@ class Ops:
             return _Norm()
         weight, bias, eps = norm
         for vector in (weight, bias):
-            if vector is not None and (vector.shape != (width,) or vector.device != self._gpu.device):
-                raise ValueError(f"a norm of rows of {width} numbers has a weight {tuple(vector.shape)}")
+            if vector is not None:
+                if vector.shape != (width,):
+                    raise ValueError(f"a norm of rows of {width} numbers has a weight {tuple(vector.shape)}")
+                self._gpu.require(vector)
         return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps)
 
 

@@ -27,7 +27,7 @@ def sample(gpu: Gpu, logits: Tensor, table: Tensor, banned: Tensor) -> Tensor:
     gpu.require(table, dtype=torch.float64)
     gpu.require(banned, dtype=torch.int32)
     num_rows, vocab_size = logits.shape
-    if table.shape != (COLUMNS, num_rows) or banned.shape != (-(-vocab_size // 32),):
+    if not vocab_size or table.shape != (COLUMNS, num_rows) or banned.shape != (-(-vocab_size // 32),):
         raise ValueError(f"parameters {tuple(table.shape)} and bans {tuple(banned.shape)} for {tuple(logits.shape)}")
     out = torch.empty(2, num_rows, dtype=torch.int64, device=gpu.device)
     gpu.launch(SOURCE, "sample", Work((num_rows, 1, 1), BLOCK), [logits, table, banned, out, num_rows, vocab_size])

@@ -1,0 +1,241 @@
+"""How near a model's logits are to the float32 truth on the same device: KL divergence a token, same likeliest token.
+
+A prompt of random ids goes through the CUDA backend in chunks, then 50 tokens one a step, each the likeliest. The
+reference in float32, on the weights the file stores, reads the same text. Its matrices are widened one at a time, so
+it needs little more room than the file. Where llama-cpp-python is installed, the first two layers with the head are
+compared with llama.cpp on the CPU as well: its figures, and ours on the same cut and text. One JSON line last.
+
+Random weights under a head that is also the embedding are all but certain of every token, whatever is lost on the way
+to it; for those unit_kl is the figure to look at.
+
+python benchmarks/bench_fidelity.py --model synthetic:llama-3.1-8b:Q4_K_M [--layers N] [--tokens N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from results import add_out, finish
+from rich.console import Console
+from torch import Tensor
+
+from worker_orcd.assemble import _adapter
+from worker_orcd.backends.base import Backend, Experts, Operand, PackedWeight, Projection, Sums
+from worker_orcd.backends.cuda import CudaBackend
+from worker_orcd.backends.torch_ref import TorchBackend, dequantize
+from worker_orcd.commands.bench import synthetic_model
+from worker_orcd.engine.pack import pack
+from worker_orcd.engine.request import Request, SamplingParams
+from worker_orcd.engine.runtime import Runtime
+from worker_orcd.engine.sequence import Chunk, Sequence
+from worker_orcd.gguf.metadata import StringArray
+from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.gguf.writer import write_gguf
+from worker_orcd.kv.paged import PagedAllocator
+from worker_orcd.kv.pool import KVShape, allocate_pool, eraser
+from worker_orcd.kv.prefix import PrefixChain
+from worker_orcd.models.spec import read_spec
+from worker_orcd.models.tensors import tensor_table, use_gguf_names
+from worker_orcd.models.weights import load_weights
+
+STEPS, CHUNK, BLOCK_SIZE = 50, 512, 32
+CUT_LAYERS = 2
+READ_BYTES = 2**24
+PIECE_ROWS = 16  # of logits compared at once
+
+
+class Reference(TorchBackend):
+    """Keeps weights as the file stores them, and widens a matrix when it is used."""
+
+    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
+        return PackedWeight(type, shape, (raw.view(shape[0], -1),))
+
+    def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
+        rows = table.parts[0][tokens].flatten()
+        return dequantize(rows, table.type).view(len(tokens), table.shape[1])
+
+    def _product(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        return super()._product(x, widened(weight))
+
+    def experts(self, x: Operand, experts: Experts) -> Sums:
+        gate_up, down = (_widened(projection) for projection in (experts.gate_up, experts.down))
+        return super().experts(x, replace(experts, gate_up=gate_up, down=down))
+
+
+def widened(weight: PackedWeight) -> PackedWeight:
+    (part,) = weight.parts
+    if part.dtype == torch.float32:
+        return weight
+    matrix = dequantize(part.flatten(), weight.type).view(weight.shape)
+    return PackedWeight(GgmlType.F32, weight.shape, (matrix,))
+
+
+def _widened(projection: Projection) -> Projection:
+    return tuple((widened(weight), bias) for weight, bias in projection)
+
+
+def load(path: Path, backend: Backend, num_tokens: int, dtype: torch.dtype) -> Runtime:
+    """The file on `backend`, with a cache of `dtype` for one sequence of `num_tokens`."""
+    with GgufFile.open(path) as gguf:
+        use_gguf_names(gguf)
+        spec = read_spec(gguf)
+        weights = load_weights(gguf, tensor_table(spec, gguf.tensors), backend, 2**20, lambda *_: None)
+    blocks = -(-num_tokens // BLOCK_SIZE)
+    kv = allocate_pool(
+        KVShape(spec.num_layers, blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim, dtype), backend.device
+    )
+    adapter = _adapter(spec)(spec, weights, backend, num_tokens)
+    return Runtime(adapter, kv, PagedAllocator(blocks, BLOCK_SIZE, eraser(kv), share=False), backend.device)
+
+
+@torch.inference_mode()
+def read(runtime: Runtime, prompt: list[int], steps: int, chunk: int) -> tuple[list[int], Tensor]:
+    """The prompt `chunk` tokens a step, then `steps` of the likeliest: all ids, and logits after each, f32 [T, V]."""
+    request = Request("fidelity", prompt, max_tokens=max(1, steps), sampling=SamplingParams(seed=0))
+    seq = Sequence.of(request, 0, PrefixChain(b"", BLOCK_SIZE))
+    seq.table = runtime.allocator.new_table()
+    runtime.allocator.grow(seq.table, len(prompt) + steps)
+    rows = list[Tensor]()
+    while seq.num_computed < len(prompt) + steps:
+        part = replace(Chunk.of(seq, min(chunk, seq.num_pending)), scores=True)
+        logits = runtime.adapter.forward(pack([part], runtime.device), runtime.kv)
+        rows.append(logits.cpu())
+        seq.num_computed += part.num_tokens
+        if not seq.num_pending and len(seq.tokens) < len(prompt) + steps:
+            seq.tokens.append(int(logits[-1].argmax()))
+    return seq.tokens, torch.cat(rows)
+
+
+def distance(found: Tensor, truth: Tensor, device: torch.device) -> dict[str, float]:
+    """KL(truth ‖ found) in nats, mean and 99th percentile over tokens; share of tokens whose likeliest is the same.
+
+    unit_kl: with the logits of both divided by the deviation of the truth's; logit_error: relative, of all logits.
+    """
+    unit, losses, agree, lost = float(truth.std()), list[Tensor](), 0, 0.0
+    for start in range(0, len(truth), PIECE_ROWS):
+        a, b = (x[start : start + PIECE_ROWS].to(device).double() for x in (truth, found))
+        agree += int((a.argmax(-1) == b.argmax(-1)).sum())
+        lost += float((b - a).square().sum())
+        losses.append(torch.stack([divergence(a, b), divergence(a / unit, b / unit)]).cpu())
+    numbers = {"top1": agree / len(truth), "logit_error": math.sqrt(lost) / float(truth.norm())}
+    for name, loss in zip(("kl", "unit_kl"), torch.cat(losses, 1).numpy(), strict=True):
+        numbers |= {f"{name}_mean": float(loss.mean()), f"{name}_p99": float(np.percentile(loss, 99))}
+    assert all(map(math.isfinite, numbers.values())), "logits are not finite"
+    return {name: float(f"{number:.4g}") for name, number in numbers.items()}
+
+
+def divergence(truth: Tensor, found: Tensor) -> Tensor:
+    p, q = truth.log_softmax(-1), found.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def compare(path: Path, backend: Backend, num_tokens: int) -> dict[str, Any]:
+    """Of the prompt and of the tokens that follow it, the CUDA backend against the reference."""
+    prompt = random_ids(path, num_tokens)
+    ids, found = read(load(path, backend, num_tokens + STEPS, torch.float16), prompt, STEPS, CHUNK)
+    truth = truth_of(path, backend.device, ids)
+    parts = {"prefill": slice(0, num_tokens), "decode": slice(num_tokens, None)}
+    return {name: distance(found[rows], truth[rows], backend.device) for name, rows in parts.items()}
+
+
+def compare_with_llama(path: Path, backend: Backend, num_tokens: int) -> dict[str, Any]:
+    """The same of a prompt alone, on the cut at `path`, and llama.cpp's."""
+    ids = random_ids(path, num_tokens)
+    _, found = read(load(path, backend, num_tokens, torch.float16), ids, 0, CHUNK)
+    truth = truth_of(path, backend.device, ids)
+    answers = {"ours": found, "llama_cpp": llama_logits(path, ids)}
+    return {name: distance(logits, truth, backend.device) for name, logits in answers.items()}
+
+
+def truth_of(path: Path, device: torch.device, ids: list[int]) -> Tensor:
+    gc.collect()
+    torch.cuda.empty_cache()  # what held the model before is the reference's now
+    return read(load(path, Reference(device), len(ids), torch.float32), ids, 0, CHUNK)[1]
+
+
+def random_ids(path: Path, count: int) -> list[int]:
+    with GgufFile.open(path) as gguf:
+        use_gguf_names(gguf)
+        spec = read_spec(gguf)
+    if count + STEPS > spec.context_length:
+        raise SystemExit(f"--tokens {count} and {STEPS} steps; the model takes {spec.context_length} tokens")
+    return torch.randint(0, spec.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def llama_logits(path: Path, ids: list[int]) -> Tensor:
+    """By llama.cpp on the CPU, as it comes."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(path), n_ctx=len(ids) + 8, n_gpu_layers=0, logits_all=True, verbose=False)
+    model.eval(ids)
+    return torch.from_numpy(np.array(model.scores[: len(ids)], dtype=np.float32))
+
+
+def write_cut(source: Path, target: Path, num_layers: int) -> None:
+    """The first layers of a model, with its embedding and head."""
+    with GgufFile.open(source) as gguf:
+        use_gguf_names(gguf)
+        whole = read_spec(gguf).num_layers
+        num_layers = min(num_layers, whole)
+        metadata = {key: _cut_value(value, whole, num_layers) for key, value in gguf.metadata.items()}
+        metadata[f"{gguf.architecture}.block_count"] = num_layers
+        kept = [info for info in gguf.tensors.values() if _layer_of(info.name) < num_layers]
+
+        def pieces(name: str, nbytes: int) -> Iterator[bytes]:
+            for start in range(0, nbytes, READ_BYTES):
+                yield bytes(gguf.read(name, None, start, min(READ_BYTES, nbytes - start)))
+
+        rows = [(i.name, i.shape, i.type, lambda i=i: pieces(i.name, i.nbytes)) for i in kept]  # type: ignore[misc]
+        write_gguf(target, metadata, rows)
+
+
+def _cut_value(value: Any, whole: int, num_layers: int) -> Any:
+    if isinstance(value, StringArray):
+        return list(value)
+    return value[:num_layers] if isinstance(value, np.ndarray) and len(value) == whole else value
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("blk.") else 0
+
+
+def measure(path: Path, backend: Backend, num_tokens: int, num_layers: int | None, folder: Path) -> dict[str, Any]:
+    if num_layers is not None:
+        write_cut(path, folder / "layers.gguf", num_layers)
+        path = folder / "layers.gguf"
+    numbers = compare(path, backend, num_tokens)
+    if find_spec("llama_cpp") is not None:
+        write_cut(path, folder / "cut.gguf", CUT_LAYERS)
+        numbers[f"at_most_{CUT_LAYERS}_layers"] = compare_with_llama(folder / "cut.gguf", backend, num_tokens)
+    return numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a GGUF file, or synthetic:NAME:QUANT")
+    parser.add_argument("--layers", type=int, help="only so many of its layers (default: all)")
+    parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default 512)")
+    add_out(parser)
+    args = parser.parse_args()
+    kind, _, name = args.model.partition(":")
+    path = synthetic_model(name, Console(stderr=True)) if kind == "synthetic" else Path(args.model)
+    backend = CudaBackend(torch.device("cuda", 0))
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = measure(path, backend, args.tokens, args.layers, Path(folder))
+    settings = {"model": args.model, "layers": args.layers, "tokens": args.tokens, "steps": STEPS}
+    finish("fidelity", settings, numbers, args.out)
+
+
+if __name__ == "__main__":
+    main()
