@@ -157,7 +157,7 @@ def test_the_plan_bounds_what_the_driver_says_was_taken(backend: str, slack_mib:
         "import pynvml; pynvml.nvmlInit(); h = pynvml.nvmlDeviceGetHandleByIndex(0)\n"
         "used = lambda: pynvml.nvmlDeviceGetMemoryInfo(h).used\n"
         "before = used()\n"
-        f"config = WorkerConfig(device='cuda', backend='{backend}')\n"
+        f"config = WorkerConfig(device='cuda', backend='{backend}', kv_cache_size_mb=64, vram_reserve_mb=0)\n"
         "blueprint = draw_up(config)\n"
         "runtime = load_runtime(config, blueprint, lambda *_: None)\n"
         "build_core(config, blueprint, runtime, frozenset({2}), [0])  # tries the largest step\n"
