@@ -89,7 +89,9 @@ def test_no_module_rebinds_globals_or_runs_code(path: Path) -> None:
     assert not loose, f"line {loose[0].lineno} runs at import" if loose else ""
 
 
-TORCH_IN_ENGINE = {f"{name}.py" for name in "filters graphs logprobs pack plain_step runtime sampler score".split()}
+TORCH_IN_ENGINE = {
+    f"{name}.py" for name in ["filters", "graphs", "logprobs", "pack", "plain_step", "runtime", "sampler", "score"]
+}
 
 
 def test_scheduling_and_the_way_between_processes_know_no_torch() -> None:

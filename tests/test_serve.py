@@ -127,9 +127,14 @@ def test_shutdown_over_http_ends_with_status_0() -> None:
         assert running.events("shutdown")[-1]["exit_code"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["startup", "model_load_start", "ready"])
-def test_signals_end_it_cleanly_at_any_moment(number: signal.Signals, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        *((number, moment) for number in (15, 2) for moment in ("startup", "model_load_start", "ready")),
+        (signal.SIGHUP, "ready"),
+    ],
+)
+def test_signals_end_it_cleanly_at_any_moment(number: int, moment: str) -> None:
     with real_worker() as running:
         running.wait_for(moment)
         running.process.send_signal(number)

@@ -3,6 +3,7 @@
     WorkerError
     ├── InvalidRequest        400  INVALID_REQUEST      the body, a field or a limit
     │   ├── JobConflict       409  INVALID_REQUEST      job_id already running
+    │   ├── GrammarError      400  GRAMMAR_ERROR        a schema or grammar is wrong, or costs too much
     │   └── TemplateError     400  TEMPLATE_ERROR       the chat template failed or overran its budget
     ├── Unauthorized          401  UNAUTHORIZED         no API key, or one that is not known
     ├── StartFailed           500  WORKER_START_FAILED  bad configuration, port in use, no GPU
@@ -65,6 +66,10 @@ class InvalidRequest(WorkerError):
 
 class JobConflict(InvalidRequest):
     http_status = 409
+
+
+class GrammarError(InvalidRequest):
+    code = "GRAMMAR_ERROR"
 
 
 class TemplateError(InvalidRequest):

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT outside an event loop: an exception until something else handles them, silence at the end."""
+"""Signals that ask for the end, outside an event loop: an exception until others handle them, then silence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup wants it ignored
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *HANGUP)
 
 
 class Stopped(KeyboardInterrupt):

@@ -84,6 +84,13 @@ def test_nobody_there_is_one_line() -> None:
             WorkerClient(address)
 
 
+def test_an_address_as_clients_of_openai_have_it_will_do(server: Live) -> None:
+    done = subprocess.run(
+        [*CHAT, *url(server)[:-1], f"{url(server)[-1]}/v1/"], input="one\n", capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("You said one.\n", "")
+
+
 class Typist:
     """A person at a terminal."""
 

@@ -219,7 +219,7 @@ def test_a_grammar_that_becomes_too_complex_ends_its_own_request(runtime: Runtim
     others = [ask("d", DATE), ask("plain", None, 200)]
     alone = run(runtime, compiler, others)
     (_, end), *rest = run(runtime, compiler, [ask("x", ambiguous, 240, ignore_eos=True), *others])
-    assert end == "INVALID_REQUEST"
+    assert end == "GRAMMAR_ERROR"
     assert rest == alone
 
 
@@ -255,7 +255,7 @@ def test_while_one_compiles_the_others_run() -> None:
     assert stats.num_waiting == 1
     rig.clock.now_s += core_module.COMPILE_S + 1
     rig.run()
-    assert rig.end("slow") == "INVALID_REQUEST"
+    assert rig.end("slow") == "GRAMMAR_ERROR"
 
 
 def test_a_request_can_be_cancelled_while_it_compiles() -> None:

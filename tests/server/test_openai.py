@@ -200,6 +200,7 @@ def test_failures_before_and_within_a_stream() -> None:
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", None),
         ({"messages": [{"role": "user"}]}, "messages[0].content", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "unsup"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", None),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages", "context_length_exceeded"),
         ({"temperature": 2.5}, "temperature", None),
         ({"temperature": "hot"}, "temperature", None),
@@ -347,6 +348,7 @@ def test_fields_reach_the_engine() -> None:
 def test_grammars_of_structured_outputs() -> None:
     rig = rig_of()
     wishes = [{"json": {"type": "string"}}, {"regex": "a+"}, {"grammar": 'start: "x"'}, {"choice": ["a", 'b"']}]
+    wishes += [{"json": '{"format": "password"}'}, {"json": True}]
     for wish in wishes:
         assert rig.call("POST", "/v1/completions", {"prompt": "x", "structured_outputs": wish}).status == 200
     schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True}}
@@ -356,6 +358,8 @@ def test_grammars_of_structured_outputs() -> None:
         Grammar("regex", "a+"),
         Grammar("lark", 'start: "x"'),
         Grammar("lark", 'start: "a" | "b\\""'),
+        Grammar("json_schema", "{}"),
+        Grammar("json_schema", "{}"),
         Grammar("json_schema", '{"type": "object"}'),
     ]
 
@@ -363,7 +367,18 @@ def test_grammars_of_structured_outputs() -> None:
 def test_a_grammar_that_is_none_is_refused() -> None:
     for wish in ({"regex": "("}, {"grammar": "start: nothing"}, {"json": {"type": "moon"}}, {"regex": "a" * 70_000}):
         answer = rig_of().call("POST", "/v1/completions", {"prompt": "x", "structured_outputs": wish})
-        assert (answer.status, answer.error["param"]) == (400, "response_format")
+        assert (answer.status, answer.error["code"]) == (400, "GRAMMAR_ERROR")
+        assert answer.error["param"] == "structured_outputs"
+    form = {"type": "json_schema", "schema": {"not": {}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+    for path, wish, param in (
+        (CHAT, {"tools": [tool], "tool_choice": "required"}, "tools"),
+        (CHAT, {"response_format": form | {"json_schema": form}}, "response_format"),
+        ("/v1/responses", {"text": {"format": form}}, "text.format"),
+    ):
+        answer = rig_of().call("POST", path, HELLO | {"input": "x"} | wish)
+        assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "GRAMMAR_ERROR", param)
+        assert answer.error["message"].startswith(param)
 
 
 def test_the_last_event_or_the_body_has_a_receipt() -> None:

@@ -13,9 +13,20 @@ from hypothesis import strategies as st
 
 from tests.tokenizer.vocabularies import CONTROL, USER_DEFINED, bpe_metadata, written
 from worker_orcd.engine.grammar import GrammarCompiler
+from worker_orcd.engine.grammar_source import SPACE as SCHEMA_SPACE
 from worker_orcd.engine.request import Grammar
 from worker_orcd.errors import InvalidRequest
-from worker_orcd.server.output import Content, OutputParser, Piece, Reasoning, ToolCall, parser_for, tool_grammar
+from worker_orcd.server.output import (
+    Content,
+    OutputParser,
+    Piece,
+    Reasoning,
+    ToolCall,
+    adapted,
+    parser_for,
+    tool_grammar,
+)
+from worker_orcd.server.output.json_schema import SPACE
 from worker_orcd.tokenizer.load import load_tokenizer
 
 WEATHER = {
@@ -281,3 +292,65 @@ def test_the_one_function_that_must_be_called(accepts: Callable[[Grammar, str], 
     assert not accepts(grammar, LLAMA_CALL)
     with pytest.raises(InvalidRequest, match="not among the tools"):
         tool_grammar(TOOLS, "later")
+
+
+def test_white_space_in_a_call_ends(accepts: Callable[[Grammar, str], bool]) -> None:
+    """A weak model would go on with line ends until its tokens are spent."""
+    for style in ("qwen2.5", "harmony"):
+        call = TAGGED if style == "qwen2.5" else COMMENTARY
+        grammar = tool_grammar(TOOLS, "required", TEMPLATES[style])
+        assert accepts(grammar, call.replace('{"city"', '{\n  "city"'))
+        assert not accepts(grammar, call.replace('{"city"', '{\n\n\n"city"'))
+    assert SPACE == SCHEMA_SPACE
+
+
+def test_formats_that_cannot_be_enforced_are_remarks(accepts: Callable[[Grammar, str], bool]) -> None:
+    schema = {
+        "properties": {"format": {"type": "string", "format": "password"}, "day": {"format": "date"}},
+        "additionalProperties": True,
+        "enum": [{"format": "password"}],
+        "items": [{"format": "binary"}],
+    }
+    assert adapted(schema) == {
+        "properties": {"format": {"type": "string"}, "day": {"format": "date"}},
+        "additionalProperties": True,
+        "enum": [{"format": "password"}],
+        "items": [{}],
+    }
+    tool = {"name": "open", "parameters": {"properties": {"path": {"type": "string", "format": "uri-reference"}}}}
+    grammar = tool_grammar([{"type": "function", "function": tool}], "required", TEMPLATES["mistral"])
+    assert accepts(grammar, '{"name": "open", "arguments": {"path": "../a"}}')
+
+
+def test_a_call_has_the_parameters_that_are_listed(accepts: Callable[[Grammar, str], bool]) -> None:
+    now = tool_grammar(TOOLS, "now", TEMPLATES["mistral"])
+    assert accepts(now, '{"name": "now", "arguments": {}}')
+    assert not accepts(now, '{"name": "now", "arguments": {"more": 1}}')
+    look = tool_grammar(TOOLS, "get_weather", TEMPLATES["mistral"])
+    assert not accepts(look, '{"name": "get_weather", "arguments": {"city": "Paris", "more": 1}}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]},
+        {"required": ["a"], "oneOf": [{"properties": {"b": {}}}]},
+        {"$ref": "#/$defs/x", "properties": {"a": {}}, "$defs": {"x": {"properties": {"b": {}}}}},
+        {"properties": {"a": {}}, "required": ["b"]},
+        {"properties": {"a": {}}, "minProperties": 2},
+        {"properties": {"a": {}}, "patternProperties": {"^x": {}}},
+        {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
+        {"properties": {}},
+        True,
+    ],
+)
+def test_objects_that_may_have_more_stay_open(schema: Any) -> None:
+    assert adapted(schema) == schema
+
+
+def test_objects_whose_properties_are_listed_are_closed() -> None:
+    inner = {"properties": {"b": {}}, "required": ["b"]}
+    closed = inner | {"additionalProperties": False}
+    schema = {"anyOf": [inner, {"type": "null"}], "$defs": {"x": inner}}
+    assert adapted(schema) == {"anyOf": [closed, {"type": "null"}], "$defs": {"x": closed}}

@@ -73,7 +73,7 @@ class WorkerClient:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self._timeout_s)
         try:
-            connection.request(method, self._parts.path.rstrip("/") + path, body, self._headers)
+            connection.request(method, self._parts.path.rstrip("/").removesuffix("/v1") + path, body, self._headers)
             response = connection.getresponse()
             if response.status >= 300:
                 raise _refusal(response)

@@ -32,7 +32,15 @@ from worker_orcd.engine.request import (
 from worker_orcd.engine.scheduler import Scheduler, SchedulerLimits
 from worker_orcd.engine.sequence import Chunk, Plan, Sequence
 from worker_orcd.engine.step import InferenceStep, Launched, Result, Scored
-from worker_orcd.errors import Cancelled, CudaError, InferenceTimeout, Internal, InvalidRequest, WorkerError
+from worker_orcd.errors import (
+    Cancelled,
+    CudaError,
+    GrammarError,
+    InferenceTimeout,
+    Internal,
+    InvalidRequest,
+    WorkerError,
+)
 from worker_orcd.kv.prefix import PrefixChain, root_key
 
 NEVER = float("inf")
@@ -159,7 +167,7 @@ class EngineCore:
         for seq, future in list(self._compiling.items()):
             if not future.done():
                 if self._clock() - seq.arrived_s > COMPILE_S:
-                    self._fail(seq, InvalidRequest(f"response_format: not compiled within {COMPILE_S:g} s"))
+                    self._fail(seq, GrammarError(f"response_format: not compiled within {COMPILE_S:g} s"))
                 continue
             try:
                 seq.matcher = future.result()

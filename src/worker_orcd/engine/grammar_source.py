@@ -14,7 +14,7 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from worker_orcd.engine.request import Grammar
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import GrammarError
 
 CHILD_BYTES = 2**30  # of address space
 CHILD_CPU_S = 5
@@ -27,11 +27,11 @@ NON_VERBOSE = "\n<non-verbose/>"  # llguidance's remark that it leaves out the g
 
 
 def new_matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    """A matcher that has done the costly part of its work; raises InvalidRequest with the library's own words."""
+    """A matcher that has done the costly part of its work; raises GrammarError with the library's own words."""
     try:
         source = _source(grammar)
     except ValueError as error:
-        raise InvalidRequest(f"response_format: {str(error)[:MAX_MESSAGE]}") from None
+        raise GrammarError(f"response_format: {str(error)[:MAX_MESSAGE]}") from None
     matcher = LLMatcher(tokenizer, source, log_level=0, limits=_limits(grammar))
     matcher.compute_bitmask()  # the first mask takes longest
     check(matcher)
@@ -39,11 +39,11 @@ def new_matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
 
 def check(matcher: LLMatcher) -> None:
-    """Raise InvalidRequest when the matcher has given up."""
+    """Raise GrammarError when the matcher has given up."""
     if matcher.is_error():
         message = matcher.get_error().replace(NON_VERBOSE, "").strip()
         message = "nothing can satisfy it" if message == "NoExtensionBias" else message
-        raise InvalidRequest(f"response_format: {message[:MAX_MESSAGE]}")
+        raise GrammarError(f"response_format: {message[:MAX_MESSAGE]}")
 
 
 def _source(grammar: Grammar) -> str:
@@ -96,7 +96,7 @@ def main() -> int:
     grammar = msgspec.json.decode(sys.stdin.buffer.read(), type=Grammar)
     try:
         new_matcher(LLTokenizer(Bytes(grammar.text)), grammar)  # type: ignore[arg-type]
-    except InvalidRequest as error:
+    except GrammarError as error:
         sys.stdout.write(error.message)
         return REFUSED_EXIT
     return 0

@@ -3,7 +3,8 @@
 A step of decodes only is padded to the next of ROWS sequences and to a block table of the next width, and its
 integers are written to where the graph reads them. Rows that pad store nothing and attend to nothing; since a row's
 bits do not depend on its neighbours, a replay gives the same bits as the launches one by one. That is checked for
-every recording; when it does not hold, or nothing can be recorded, steps are launched one by one and `refusal` says why.
+every recording; when it does not hold, or nothing can be recorded, steps are launched one by one, and `refusal` says
+why.
 """
 
 from __future__ import annotations

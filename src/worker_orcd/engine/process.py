@@ -180,7 +180,7 @@ class EngineHost:
     """The child's end. `setup` is the line the API process sent."""
 
     def __init__(self, address: str) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the API process decides when the engine ends
         self._setup = bytearray()
         self._has_setup = threading.Event()

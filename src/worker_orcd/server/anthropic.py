@@ -17,25 +17,30 @@ from worker_orcd.server.openai.blocks import Block, BlockAnswer, Event, chat_bod
 from worker_orcd.server.openai.bodies import (
     MAX_STOP_CHARS,
     MAX_STOPS,
+    ONE_ANSWER,
     ChatBody,
     Sampling,
     Unsupported,
     read_body,
     refuse,
 )
-from worker_orcd.server.openai.messages import text_of
+from worker_orcd.server.openai.messages import text_of, text_of_part
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.routes import document_endpoint
 from worker_orcd.server.openai.wire import encode
 from worker_orcd.server.pipeline import Endpoint, Pipeline
 
 PATH = "/v1/messages"
-_UNSUPPORTED: Unsupported = Sampling.unsupported | {
-    "mcp_servers": ([],),
-    "container": (),
-    "output_format": (),
-    "service_tier": ("auto", "standard_only"),
-}
+_UNSUPPORTED: Unsupported = (
+    Sampling.unsupported
+    | ONE_ANSWER
+    | {
+        "mcp_servers": ([],),
+        "container": (),
+        "output_format": (),
+        "service_tier": ("auto", "standard_only"),
+    }
+)
 _ERRORS = {
     401: "authentication_error",
     403: "permission_error",
@@ -84,7 +89,7 @@ class MessagesBody(Sampling, frozen=True, kw_only=True):
         return chat_body(
             self,
             messages,
-            stop=self.stop_sequences,
+            stop=[*self.stops, *self.stop_sequences],
             tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)],
             tool_choice=_choice(choice, self.tool_choice.get("name")),
             parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use", False),
@@ -139,7 +144,7 @@ def _messages(message: dict[str, Any], param: str) -> list[dict[str, Any]]:
         elif kind == "thinking" and role == "assistant":
             made["reasoning_content"] = made.get("reasoning_content", "") + str(block.get("thinking", ""))
         elif kind != "redacted_thinking":
-            texts.append(text_of([block], where))
+            texts.append(text_of_part(block, where))
     if texts or len(made) > 1:
         results.append(made | {"content": "\n".join(texts)})
     return results
@@ -147,6 +152,8 @@ def _messages(message: dict[str, Any], param: str) -> list[dict[str, Any]]:
 
 class MessagesAnswer(BlockAnswer):
     """The events, or the one object, of a message."""
+
+    grammar_param = "output_config.format"
 
     def __init__(self, preparer: Preparer, body: MessagesBody, exchange: Exchange) -> None:
         """Raises InvalidRequest or TemplateError."""

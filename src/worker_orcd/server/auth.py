@@ -19,7 +19,8 @@ from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import StartFailed, Unauthorized
 
 MAX_FILE_BYTES = 1024 * 1024
-CHALLENGE = {"www-authenticate": 'Basic realm="worker-orcd", Bearer realm="worker-orcd"'}  # a browser reads the first only
+# a browser reads the first only
+CHALLENGE = {"www-authenticate": 'Basic realm="worker-orcd", Bearer realm="worker-orcd"'}
 _KEY = re.compile(r"[!-~]+")  # what a header can carry without doubt
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 

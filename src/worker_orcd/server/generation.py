@@ -81,6 +81,7 @@ class Answer:
     is_streamed = True
     opens_for_failures = False  # a failure the engine tells, or a cancel, becomes a stream and no HTTP status
     pulse_s: float | None = None  # how often to ask for a `pulse`, if at all
+    grammar_param = "response_format"  # the field of the body that the grammar of its runs comes from
 
     def __init__(self, job_id: str, runs: Sequence[Run], num_prompt_chars: int, prompt_sha256: str) -> None:
         self.job_id, self.runs = job_id, runs

@@ -10,7 +10,7 @@ from threading import BoundedSemaphore
 import msgspec
 
 from worker_orcd.engine.request import Grammar
-from worker_orcd.errors import FieldError, InvalidRequest, Overloaded
+from worker_orcd.errors import FieldError, GrammarError, Overloaded
 
 COMPILER_MODULE = "worker_orcd.engine.grammar_source"
 MAX_GRAMMAR_BYTES = 2**16
@@ -28,15 +28,19 @@ class GrammarChecker:
         self._slots = BoundedSemaphore(NUM_CHILDREN)
         self._compile = lru_cache(NUM_REMEMBERED)(self._compile_apart)
 
-    def check(self, grammar: Grammar) -> None:
-        """Raise InvalidRequest, naming `response_format`, for a grammar that is wrong, too large or too costly.
+    def check(self, grammar: Grammar, param: str = "response_format") -> None:
+        """Raise GrammarError, naming `param`, for a grammar that is wrong, too large or too costly.
 
         Raises Overloaded when too many others are being checked.
         """
-        if len(grammar.text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
-            raise _refusal("length", f"response_format has more than {MAX_GRAMMAR_BYTES} bytes, the limit")
-        if grammar.kind != "json_object":
-            self._compile(grammar)
+        try:
+            if len(grammar.text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+                raise _Bad("length", f" has more than {MAX_GRAMMAR_BYTES} bytes, the limit")
+            if grammar.kind != "json_object":
+                self._compile(grammar)
+        except _Bad as bad:
+            message = f"{param}{bad.message}"
+            raise GrammarError(message, [FieldError(param, bad.constraint, message)]) from None
 
     def _compile_apart(self, grammar: Grammar) -> None:
         if not self._slots.acquire(timeout=WAIT_S):
@@ -48,16 +52,19 @@ class GrammarChecker:
                 command, input=document, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=COMPILE_S
             )
         except subprocess.TimeoutExpired:
-            raise _refusal(
-                "cost", f"response_format takes more than {COMPILE_S:g} s to compile; simplify it"
-            ) from None
+            raise _Bad("cost", f" takes more than {COMPILE_S:g} s to compile; simplify it") from None
         finally:
             self._slots.release()
         if child.returncode == REFUSED_EXIT:
-            raise _refusal("grammar", child.stdout.decode("utf-8", "replace"))
+            message = child.stdout.decode("utf-8", "replace")
+            raise _Bad("grammar", message.removeprefix("response_format"))
         if child.returncode != 0:
-            raise _refusal("cost", "response_format is too complex to compile; simplify it")
+            raise _Bad("cost", " is too complex to compile; simplify it")
 
 
-def _refusal(constraint: str, message: str) -> InvalidRequest:
-    return InvalidRequest(message, [FieldError("response_format", constraint, message)])
+class _Bad(Exception):
+    """What is wrong with a grammar, in words that follow the name of its field."""
+
+    def __init__(self, constraint: str, message: str) -> None:
+        super().__init__(message)
+        self.constraint, self.message = constraint, message

@@ -84,7 +84,7 @@ class Pipeline:
         grammar = answer.runs[0].request.grammar
         if grammar is not None:
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._grammar_threads, self._grammars.check, grammar)
+            await loop.run_in_executor(self._grammar_threads, self._grammars.check, grammar, answer.grammar_param)
 
     async def generate(self, answer: Answer, exchange: Exchange, receive: Receive, send: Send) -> None:
         """Run `answer` to its end, however it ends."""

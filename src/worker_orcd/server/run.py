@@ -77,7 +77,7 @@ def serve(
     narrator: Narrator,
     tls: ssl.SSLContext | None = None,
 ) -> int:
-    """Serve until SIGTERM, SIGINT or POST /shutdown, then drain, or until the engine fails; returns the exit code.
+    """Serve until a signal or POST /shutdown, then drain, or until the engine fails; returns the exit code.
 
     The code is 0 after a drain, 1 after a failure. A second signal ends the draining. Signals are handled only when
     called on the main thread. Owns `listener` and `engine` from here on: both are closed when it returns.
@@ -155,7 +155,7 @@ async def _fail(control: Control, engine: InferenceEngine, narrator: Narrator) -
 
 @contextlib.contextmanager
 def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on the loop for every SIGTERM and SIGINT."""
+    """Call `stop` on the loop for every signal that asks for the end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -11,7 +11,7 @@ from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Answer, Run
 from worker_orcd.server.openai.bodies import ChatBody, Sampling
 from worker_orcd.server.openai.chat import chat_choices
-from worker_orcd.server.openai.prepare import Preparer, digest
+from worker_orcd.server.openai.prepare import Preparer, digest, grammar_param
 from worker_orcd.server.openai.wire import event_frame
 from worker_orcd.server.output import Piece, Reasoning, ToolCall
 from worker_orcd.server.receipt import Receipt, receipt_of
@@ -45,6 +45,7 @@ class BlockAnswer(Answer):
         chat = preparer.chat(body)
         (self._choice,) = chat_choices(preparer, body, chat, exchange, job_id)
         super().__init__(job_id, [self._choice.run], len(chat.prompt), digest(chat.prompt))
+        self.grammar_param = grammar_param(body, self.grammar_param, chat)
         self.is_streamed = body.stream
         self._blocks: list[Block] = []
         self._has_open = False

@@ -26,6 +26,7 @@ MAX_COUNT = 2**31 - 1
 DRY_BREAKERS = ("\n", ":", '"', "*")
 
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+PositiveCount = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Stops = Annotated[list[Annotated[str, Meta(max_length=MAX_STOP_CHARS)]], Meta(max_length=MAX_STOPS)]
@@ -61,7 +62,13 @@ _UNSUPPORTED_CHAT = _UNSUPPORTED | {
     "chat_template": (),
     "prompt": (),
 }
-_INSTEAD = {"guided": "use structured_outputs", "json_s": "use response_format", "functi": "use tools"}
+ONE_ANSWER: Unsupported = {"n": (1,), "response_format": ({"type": "text"},)}  # of dialects that have neither
+_INSTEAD = {
+    "guided": "use structured_outputs",
+    "json_s": "use response_format",
+    "functi": "use tools",
+    "respon": "here it is text.format (/v1/messages: output_config.format)",
+}
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -117,7 +124,7 @@ class ChatBody(Sampling, frozen=True, kw_only=True):
 
     unsupported: ClassVar[Unsupported] = _UNSUPPORTED_CHAT
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: PositiveCount | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] = []

@@ -11,7 +11,7 @@ from worker_orcd.server.generation import Run
 from worker_orcd.server.openai.bodies import ChatBody, read_body, refuse
 from worker_orcd.server.openai.choice import Choice, Spelling
 from worker_orcd.server.openai.chunks import ChoicesAnswer
-from worker_orcd.server.openai.prepare import Chat, Preparer, Wish
+from worker_orcd.server.openai.prepare import Chat, Preparer, Wish, grammar_param
 from worker_orcd.server.output import Content, Piece, Reasoning
 
 
@@ -41,6 +41,7 @@ class ChatAnswer(ChoicesAnswer):
         chat, job_id = preparer.chat(body), f"chatcmpl-{uuid.uuid4().hex}"
         choices = chat_choices(preparer, body, chat, exchange, job_id)
         super().__init__(job_id, choices, chat.prompt, body, preparer.info, exchange)
+        self.grammar_param = grammar_param(body, self.grammar_param, chat)
         self._has_logprobs = body.logprobs
         self._spelling = Spelling(preparer.tokenizer)
 

@@ -12,7 +12,7 @@ from worker_orcd.server.openai.bodies import MAX_RUNS, CompletionBody, read_body
 from worker_orcd.server.openai.choice import Choice, Spelling
 from worker_orcd.server.openai.chunks import ChoicesAnswer
 from worker_orcd.server.openai.grammars import grammar_of
-from worker_orcd.server.openai.prepare import Preparer, Wish
+from worker_orcd.server.openai.prepare import Preparer, Wish, grammar_param
 from worker_orcd.server.output import Piece
 from worker_orcd.server.output.pieces import PlainParser
 
@@ -60,6 +60,7 @@ class CompletionAnswer(ChoicesAnswer):
         runs = preparer.runs(body, ids, exchange, job_id, wish)
         choices = [Choice(run, PlainParser()) for run in runs]
         super().__init__(job_id, choices, "".join(self._prompts), body, preparer.info, exchange)
+        self.grammar_param = grammar_param(body, self.grammar_param)
         self._scores: list[Scores] = [[] for _ in runs]  # not told yet
         self._lengths = [0 for _ in runs]  # characters told, for the offsets of tokens
         self._spelling = Spelling(preparer.tokenizer)

@@ -7,7 +7,10 @@ import re
 from typing import Any
 
 from worker_orcd.engine.request import Grammar
+from worker_orcd.errors import InvalidRequest
 from worker_orcd.server.openai.bodies import Sampling, refuse
+from worker_orcd.server.output import adapted, inlined
+from worker_orcd.server.schemas import parse_object
 
 _KINDS = {"json": "json_schema", "regex": "regex", "grammar": "lark", "json_object": "json_object", "choice": "lark"}
 _THINK = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
@@ -26,12 +29,24 @@ def grammar_of(body: Sampling) -> Grammar | None:
         schema = holder.get("schema") if isinstance(holder, dict) else None
         if not isinstance(schema, dict | bool):
             refuse("response_format.json_schema.schema", "type", "must be a JSON schema")
-        return Grammar("json_schema", json.dumps(schema))
+        return _of_schema(schema)
     if kind == "json_object":
         return Grammar("json_object")
     if kind != "text":
         refuse("response_format.type", "value", "must be text, json_object or json_schema")
     return None
+
+
+def _of_schema(schema: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps({} if schema is True else adapted(schema)))
+
+
+def _parsed(text: str) -> Any:
+    """A schema that came as text, within the limits of a body."""
+    try:
+        return parse_object(text.encode())
+    except InvalidRequest as error:
+        refuse("structured_outputs.json", "type", f"must hold a JSON schema; its {error.message}")
 
 
 def _structured(wish: dict[str, Any]) -> Grammar:
@@ -46,8 +61,8 @@ def _structured(wish: dict[str, Any]) -> Grammar:
         if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
             refuse("structured_outputs.choice", "type", "must be a list of strings")
         value = "start: " + " | ".join(json.dumps(item) for item in value)
-    if name == "json" and not isinstance(value, str):
-        value = json.dumps(value)
+    if name == "json":
+        return _of_schema(_parsed(value) if isinstance(value, str) else value)
     if not isinstance(value, str):
         refuse(f"structured_outputs.{name}", "type", "must be a string")
     return Grammar(_KINDS[name], value)  # type: ignore[arg-type]
@@ -74,9 +89,9 @@ def _answer(grammar: Grammar) -> str:
     """The grammar as a rule of Lark with this name."""
     match grammar.kind:
         case "json_object":
-            return 'answer: %json {"type": "object"}'
+            return f"answer: {inlined({'type': 'object'})}"
         case "json_schema":
-            return f"answer: %json {grammar.text}"
+            return f"answer: {inlined(json.loads(grammar.text))}"
         case "regex":
             return f"answer: /{re.sub(_SLASH, _escape, grammar.text)}/"
         case "lark":

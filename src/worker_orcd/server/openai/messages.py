@@ -48,19 +48,20 @@ def text_of(content: Any, param: str) -> str:
         return content or ""
     if not isinstance(content, list):
         refuse(param, "type", "must be a string or a list of parts")
-    texts = []
-    for i, part in enumerate(content):
-        where = f"{param}[{i}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            refuse(where, "type", "must be an object with a type")
-        if kind not in _TEXT_PARTS:
-            refuse(where, "unsupported", "is not text; this model reads text only")
-        text = part.get(_TEXT_PARTS[kind])
-        if not isinstance(text, str):
-            refuse(f"{where}.{_TEXT_PARTS[kind]}", "type", "must be a string")
-        texts.append(text)
-    return "\n".join(texts)
+    return "\n".join(text_of_part(part, f"{param}[{i}]") for i, part in enumerate(content))
+
+
+def text_of_part(part: Any, param: str) -> str:
+    """The text of a part that is text."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        refuse(param, "type", "must be an object with a type")
+    if kind not in _TEXT_PARTS:
+        refuse(param, "unsupported", "is not text; this model reads text only")
+    text = part.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        refuse(f"{param}.{_TEXT_PARTS[kind]}", "type", "must be a string")
+    return text
 
 
 def _call(call: Any, param: str) -> dict[str, Any]:

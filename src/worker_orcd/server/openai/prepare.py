@@ -185,7 +185,7 @@ class Preparer:
             fields["dry_breaker_ids"] = self._breakers(
                 DRY_BREAKERS if body.dry_sequence_breakers is None else tuple(body.dry_sequence_breakers)
             )
-        if not all(key.isdecimal() and len(key) < 10 for key in body.logit_bias):
+        if not all(key.isascii() and key.isdecimal() and len(key) < 10 for key in body.logit_bias):
             refuse("logit_bias", "type", "must have token ids as keys")
         fields["logit_bias"] = bias = {int(key): value for key, value in body.logit_bias.items()}
         self._check_ids(list(bias), "logit_bias")
@@ -209,6 +209,13 @@ class Preparer:
             return tool_grammar(chat.tools, chat.choice, source, self.info.architecture, chat.prompt)
         grammar = grammar_of(body)
         return grammar and after_reasoning(grammar, source, chat.prompt)
+
+
+def grammar_param(body: Sampling, usual: str, chat: Chat | None = None) -> str:
+    """Which field of `body` its grammar comes from."""
+    if chat and chat.tools and chat.choice != "auto":
+        return "tools"
+    return "structured_outputs" if body.structured_outputs else usual
 
 
 def digest(prompt: str) -> str:

@@ -12,23 +12,35 @@ from worker_orcd.errors import WorkerError
 from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Run
 from worker_orcd.server.openai.blocks import Block, BlockAnswer, Event, chat_body
-from worker_orcd.server.openai.bodies import ChatBody, Count, Sampling, Unsupported, read_body, refuse
+from worker_orcd.server.openai.bodies import (
+    ONE_ANSWER,
+    ChatBody,
+    PositiveCount,
+    Sampling,
+    Unsupported,
+    read_body,
+    refuse,
+)
 from worker_orcd.server.openai.choice import usage
 from worker_orcd.server.openai.messages import text_of
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.wire import encode
 
-_UNSUPPORTED: Unsupported = Sampling.unsupported | {
-    "store": (False,),
-    "previous_response_id": (),
-    "conversation": (),
-    "background": (False,),
-    "prompt": (),
-    "truncation": ("disabled",),
-    "top_logprobs": (0,),
-    "include": ([], ["reasoning.encrypted_content"]),  # reasoning comes and goes as it is
-    "context_management": ([],),
-}
+_UNSUPPORTED: Unsupported = (
+    Sampling.unsupported
+    | ONE_ANSWER
+    | {
+        "store": (False,),
+        "previous_response_id": (),
+        "conversation": (),
+        "background": (False,),
+        "prompt": (),
+        "truncation": ("disabled",),
+        "top_logprobs": (0,),
+        "include": ([], ["reasoning.encrypted_content"]),  # reasoning comes and goes as it is
+        "context_management": ([],),
+    }
+)
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 
@@ -39,7 +51,7 @@ class ResponseBody(Sampling, frozen=True, kw_only=True):
     unsupported: ClassVar[Unsupported] = _UNSUPPORTED
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    max_output_tokens: Count | None = None
+    max_output_tokens: PositiveCount | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] = field(default_factory=list)
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
@@ -124,6 +136,8 @@ def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
 
 class ResponseAnswer(BlockAnswer):
     """The events, or the one object, of a response."""
+
+    grammar_param = "text.format"
 
     def __init__(self, preparer: Preparer, body: ResponseBody, exchange: Exchange) -> None:
         """Raises InvalidRequest or TemplateError."""

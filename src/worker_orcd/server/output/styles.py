@@ -11,6 +11,7 @@ from typing import Any, Final
 from worker_orcd.engine.request import Grammar
 from worker_orcd.errors import FieldError, InvalidRequest
 from worker_orcd.server.output.harmony import CHANNEL, MESSAGE, HarmonyParser
+from worker_orcd.server.output.json_schema import adapted, inlined
 from worker_orcd.server.output.pieces import OutputParser, PlainParser
 from worker_orcd.server.output.tagged import END_THINK, THINK, TaggedParser, Tags
 
@@ -22,6 +23,7 @@ _CALLS: Final = (  # the first whose `call_open` is in the template
     Tags(call_open=" functools", is_bare=True),  # Firefunction
     Tags(is_bare=True),  # Llama 3.2, and models that are told of tools in plain words
 )
+_NOTHING: Final = {"additionalProperties": False}  # a function without parameters takes none
 _ID_LETTERS: Final = string.ascii_letters + string.digits
 _REASONING: Final = r"reasoning[lazy]: /(?s:.*)<\/think>/"
 _HARMONY_REASONING: Final = "reasoning: /(?s:.*)/"
@@ -93,7 +95,7 @@ def _is_thinking(tags: Tags, prompt: str) -> bool:
 def _functions(tools: list[dict[str, Any]] | None) -> dict[str, Any]:
     """Parameters by name."""
     functions = [tool.get("function", tool) for tool in tools or []]
-    return {function["name"]: {"type": "object"} | (function.get("parameters") or {}) for function in functions}
+    return {function["name"]: {"type": "object"} | (function.get("parameters") or _NOTHING) for function in functions}
 
 
 def _lark(start: str, reasoning: str, calls: list[str]) -> Grammar:
@@ -102,7 +104,7 @@ def _lark(start: str, reasoning: str, calls: list[str]) -> Grammar:
 
 def _harmony_call(name: str, parameters: Any) -> str:
     header = json.dumps(f"commentary to=functions.{name} ")
-    return f'<|channel|> {header} <|constrain|> "json" <|message|> %json {json.dumps(parameters)}'
+    return f'<|channel|> {header} <|constrain|> "json" <|message|> {inlined(adapted(parameters))}'
 
 
 def _tagged_call(tags: Tags, key: str, name: str, parameters: Any) -> str:
@@ -110,4 +112,4 @@ def _tagged_call(tags: Tags, key: str, name: str, parameters: Any) -> str:
     before, after = f'{{"name": {json.dumps(name)}, "{key}": ', "}"
     if not tags.is_bare:
         before, after = f"{tags.call_open}\n{before}", f"{after}\n{tags.call_close}"
-    return f"{json.dumps(before)} %json {json.dumps(parameters)} {json.dumps(after)}"
+    return f"{json.dumps(before)} {inlined(adapted(parameters))} {json.dumps(after)}"
