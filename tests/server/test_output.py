@@ -309,13 +309,13 @@ def test_formats_that_cannot_be_enforced_are_remarks(accepts: Callable[[Grammar,
         "properties": {"format": {"type": "string", "format": "password"}, "day": {"format": "date"}},
         "additionalProperties": True,
         "enum": [{"format": "password"}],
-        "items": [{"format": "binary"}],
+        "items": [{"format": "binary"}, {"uniqueItems": False}],
     }
     assert adapted(schema) == {
         "properties": {"format": {"type": "string"}, "day": {"format": "date"}},
         "additionalProperties": True,
         "enum": [{"format": "password"}],
-        "items": [{}],
+        "items": [{}, {}],
     }
     tool = {"name": "open", "parameters": {"properties": {"path": {"type": "string", "format": "uri-reference"}}}}
     grammar = tool_grammar([{"type": "function", "function": tool}], "required", TEMPLATES["mistral"])
