@@ -9,7 +9,7 @@ GPU_kernels := tests/kernels tests/backends tests/quant $(TOGETHER)
 GPU_models  := tests/gpu $(TOGETHER)
 GPU_engine  := tests/test_gpu.py --numprocesses 0# measures memory, so it has the card to itself
 
-.PHONY: help .venv haiku test soak check format test-gpu bench clean
+.PHONY: help .venv haiku test test-litellm soak check format test-gpu bench clean
 
 help:                        ## list the targets
 	@grep -E '^[.a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -26,6 +26,11 @@ haiku: .venv                 ## start a worker on the embedded model and stream 
 
 test: .venv                  ## the whole suite; needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-litellm: .venv          ## LiteLLM against a worker, in an environment of its own
+	@test -x .venv-litellm/bin/litellm || ($(PYTHON) -m venv .venv-litellm && .venv-litellm/bin/python -m pip install \
+	  --quiet --disable-pip-version-check --constraint tests/clients/litellm.txt litellm mcp)
+	.venv-litellm/bin/python tests/clients/drive_litellm.py
 
 soak: .venv                  ## at length: the simulation of cache, scheduler and faults; the HTTP edge under fire
 	$(BIN)/python -m tests.sim.soak
