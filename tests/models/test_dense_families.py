@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from torch import Tensor
 
-from tests import tiny, tiny_dense
+from tests import tiny_dense
+from tests.models.truth import check_close, tokens
 from tests.running import all_logits, runtime_of
 from worker_orcd.assemble import draw_up
 from worker_orcd.config import WorkerConfig
@@ -22,18 +22,6 @@ from worker_orcd.models.spec import read_spec
 
 LENGTHS = (1, 7, 64, 300)
 DECODE_STEPS = 50
-
-
-def tokens(length: int) -> list[int]:
-    return torch.randint(3, 321, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-def check_close(ours: Tensor, model: tiny.Tiny, ids: list[int]) -> None:
-    with torch.no_grad():
-        expected = model.model(torch.tensor([ids])).logits[0]
-    assert ours.shape == expected.shape
-    assert ((ours - expected).norm() / expected.norm()).item() < 1e-4, f"{len(ids)} tokens"
-    assert (ours - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("case", tiny_dense.configs())

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from tests import tiny, tiny_moe
+from tests.models.truth import check_close, tokens
 from tests.running import all_logits
 from worker_orcd.assemble import draw_up
 from worker_orcd.config import WorkerConfig
@@ -19,18 +19,6 @@ from worker_orcd.errors import ModelLoadFailed
 LENGTHS = (1, 7, 64, 300)
 DECODE_STEPS = 50
 Edit = Callable[[tiny.Tiny], object]
-
-
-def tokens(length: int) -> list[int]:
-    return torch.randint(3, 321, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-def check_close(ours: Tensor, model: tiny.Tiny, ids: list[int]) -> None:
-    with torch.no_grad():
-        expected = model.model(torch.tensor([ids])).logits[0]
-    assert ours.shape == expected.shape
-    assert ((ours - expected).norm() / expected.norm()).item() < 1e-4, f"{len(ids)} tokens"
-    assert (ours - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("case", tiny_moe.configs())

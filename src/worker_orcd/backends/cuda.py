@@ -30,7 +30,7 @@ from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
 from worker_orcd.backends.torch_ref import BasicAttention, normalize, sigmoid
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.attention import Form, Pages, attend
+from worker_orcd.kernels.attention import Form, Pages, attend, takes
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, tiled
 from worker_orcd.kernels.linear.plan import choose_slices, plan_linear
@@ -40,8 +40,6 @@ from worker_orcd.kernels.ops.ops import Ops
 from worker_orcd.kernels.ops.sample import banned_bits, sample
 from worker_orcd.quant.repack import check_scales, dequantize_rows, pack, row_places
 from worker_orcd.quant.tiles import TILE_ROWS, packed_bytes
-
-HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,3 @@ def _part(sums: Sums) -> ops.Part:
 
 def _norm(norm: Norm | None) -> ops.Norm | None:
     return None if norm is None else (norm.weight, norm.bias, norm.eps)
-
-
-def takes(head_dim: int) -> bool:
-    """Whether kernels/attention.py does; other head sizes the tensor cores cannot take, and go to the reference."""
-    return head_dim % HEAD_DIM_STEP == 0 and head_dim <= MAX_HEAD_DIM

@@ -199,7 +199,7 @@ class PrometheusMetrics:
     def _requests(self) -> Iterator[Metric]:
         me, uptime_s = self._identity, time.monotonic() - self._born_s
         yield _gauge("vram_bytes", "Device memory in use.", self._vram_bytes, me)
-        memory = GaugeMetricFamily("worker_planned_bytes", "Memory set aside at start.", labels=["purpose"])
+        memory = GaugeMetricFamily("worker_memory_bytes", "Memory set aside at start.", labels=["purpose"])
         for purpose, nbytes in self._memory_bytes.items():
             memory.add_metric([purpose], nbytes)
         yield memory

@@ -47,11 +47,6 @@ class Form:
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    @property
-    def tile(self) -> int:
-        """Keys at a time: part of the order of addition, so one number per head size."""
-        return 64 if self.head_dim <= 128 else 32
-
 
 @dataclass(frozen=True)
 class Pages:
@@ -79,7 +74,7 @@ class Launch:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, pages: Pages, form: Form, sinks: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """q [T, Hq, D] over k, v [blocks, block_size, Hk, D] → [T, Hq, D] of q's type. Never waits for the device.
+    """q [T, Hq, D] over k, v [blocks, block_size, Hk, D] → [T, Hq, D], float32. Never waits for the device.
 
     sinks [Hq] f32: a logit per head that takes part in the sum of weights and has no value. `out` may be an image,
     bf16 [pieces, groups, 8, 64]: heads side by side in the order of the matmuls. Raises ValueError before a launch
@@ -97,9 +92,14 @@ def attend(
     return call.out
 
 
+def takes(head_dim: int) -> bool:
+    """Whether heads are of a size that the tensor cores can take."""
+    return 0 < head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
+
+
 def _check_form(form: Form) -> None:
     dim, heads, kv_heads = form.head_dim, form.num_heads, form.num_kv_heads
-    if not 0 < dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
+    if not takes(dim):
         raise ValueError(f"heads of {dim} numbers: a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM} is needed")
     if min(heads, kv_heads) < 1 or heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
@@ -146,7 +146,9 @@ def _has_room(out: Tensor, q: Tensor) -> bool:
     """Whether `out` is as large as the queries, or an image of as many rows."""
     width = q.shape[1] * q.shape[2]
     if out.ndim != 4:
-        return out.shape == q.shape
+        return out.shape == q.shape and out.dtype == q.dtype
+    if out.dtype != torch.bfloat16:
+        return False
     return out.shape[0] * 64 >= width and out.shape[1] * 8 >= len(q) and out.shape[2:] == (8, 64)
 
 
@@ -207,7 +209,7 @@ def launch_decodes(call: Call, launch: Launch) -> None:
         pages = call.pages
         fold_kernel[(call.num_seqs, form.num_heads)](
             *(call.out, partials, call.sinks, pages.query_starts, pages.context_lens, call.max_splits),
-            *(call.image_groups, form.head_dim, form.window, UNROLL, call.image_groups > 0),
+            *(call.image_groups, form.head_dim, form.window, UNROLL),
             num_warps=1,
             enable_fp_fusion=False,
         )
@@ -227,8 +229,7 @@ def _launch(
         *(pages.query_starts, pages.context_lens, pages.block_table, partials),
         *(call.num_seqs, pages.block_table.shape[1], call.image_groups),
         form.scale if form.soft_cap else form.scale * LOG2_E.value,
-        *(form.soft_cap, form.group, form.head_dim, call.k.shape[1], form.tile, form.window, launch.rows, is_prompt),
-        call.image_groups > 0,
+        *(form.soft_cap, form.group, form.head_dim, call.k.shape[1], form.window, launch.rows, is_prompt),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.max_registers,

@@ -35,14 +35,13 @@ def attention_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     IS_PROMPT: tl.constexpr,
-    IS_IMAGE: tl.constexpr,
 ):
     """Program (tile or sequence, key/value head, part): ROWS query rows in registers, keys and values stream by."""
     QUERIES: tl.constexpr = ROWS // GROUP
+    TILE: tl.constexpr = 64 if DIM <= 128 else 32  # keys at a time: part of the order of addition
     kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
     if IS_PROMPT:
         number = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts start first
@@ -108,7 +107,7 @@ def attention_kernel(
     if partials is None:
         result = _finish(run_acc, run_peak, run_total, sinks, heads, is_row)
         tokens, columns = (begin + query).to(tl.int64)[:, None], (heads * DIM)[:, None] + d[None, :]
-        _store(out, result, tokens, columns, inside, num_heads * DIM, groups, IS_IMAGE)
+        _store(out, result, tokens, columns, inside, num_heads * DIM, groups)
 
 
 @triton.jit
@@ -168,7 +167,6 @@ def fold_kernel(
     DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     UNROLL: tl.constexpr,
-    IS_IMAGE: tl.constexpr,
 ):
     """Program (sequence, query head): the partials of one row, in index order."""
     seq, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -195,7 +193,7 @@ def fold_kernel(
     heads = head + tl.arange(0, 1)
     result = _finish(acc, peak, total, sinks, heads, heads >= 0)
     token = begin.to(tl.int64) + tl.zeros((1, 1), tl.int64)
-    _store(out, result, token, head * DIM + d, d < DIM, num_heads * DIM, groups, IS_IMAGE)
+    _store(out, result, token, head * DIM + d, d < DIM, num_heads * DIM, groups)
 
 
 @triton.jit
@@ -251,12 +249,12 @@ def _tanh(x):
 
 
 @triton.jit
-def _store(out, values, tokens, columns, mask, width, groups, IS_IMAGE: tl.constexpr):
+def _store(out, values, tokens, columns, mask, width, groups):
     """Write values [rows, D] of tokens [rows, 1] to columns [rows, D], in rows or in the order of the matmuls.
 
     That order is defined by store4 in ops/flow.cuh.
     """
-    if IS_IMAGE:
+    if out.dtype.element_ty == tl.bfloat16:  # an image; rows are float32
         unit = (columns & 31) >> 1  # of 16 in a chunk of 128 columns
         piece = (columns >> 7) * 2 + (unit >> 3)
         token = (piece.to(tl.int64) * groups + (tokens >> 3)) * 8 + (tokens & 7)

@@ -434,7 +434,7 @@ function live(page, now) {
   strip(blocks.used ?? 0, blocks.cached ?? 0, one("worker_kv_capacity_blocks"));
   histogram("ttft", "Time to first token", found.get("worker_first_token_latency_ms_bucket"));
   histogram("itl", "Time between tokens", found.get("worker_per_token_latency_ms_bucket"));
-  memory(found.get("worker_planned_bytes") ?? [], one("worker_vram_bytes"));
+  memory(found.get("worker_memory_bytes") ?? [], one("worker_vram_bytes"));
 }
 
 function setState(state, words) {
