@@ -1,30 +1,59 @@
 """Attention alone: µs of a decode step's layer against the bytes of its keys and values, TFLOP/s of a prompt.
 
 python benchmarks/bench_attention.py [--out FILE]
+python benchmarks/bench_attention.py --sweep [MODEL ...]
+
+--sweep compares launches instead: the best of SWEPT beside the one that attention.py chooses, a line for each case.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
-from ceiling import copy_gbps, median_us
+from ceiling import copy_gbps
 from results import add_out, finish
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from worker_orcd.kernels.attention import Form, Pages, attend
+from worker_orcd.kernels.attention import (
+    PROGRAMS,
+    Call,
+    Form,
+    Launch,
+    Pages,
+    attend,
+    decode_launch,
+    launch_decodes,
+    launch_prompts,
+    prompt_launch,
+)
 
 BLOCK_SIZE = 32
 BATCHES, CONTEXTS, PROMPT = (1, 8, 64, 256), (512, 2048, 8192), 2048
-COLD_BYTES = 2**29  # of keys and values in one measurement, many times what the caches of a GPU hold
-REPEATS = 7
+COLD_BYTES = 2**29  # many times what the caches of a GPU hold
+REPEATS = 9
 FORMS = {
     "qwen2.5-0.5b": Form(14, 2, 64, 64**-0.5),
     "llama-3.1-8b": Form(32, 8, 128, 128**-0.5),
     "phi-3-mini": Form(32, 32, 96, 96**-0.5),
+    "gpt-oss-20b": Form(64, 8, 64, 64**-0.5),
+    "gpt-oss-20b, window": Form(64, 8, 64, 64**-0.5, window=128),
 }
+HAVE_SINKS = ("gpt-oss-20b", "gpt-oss-20b, window")
+
+GRAPH_TOKENS = 256  # a recorded step's block table has room for so many at least
+SWEPT_BATCHES, SWEPT_CONTEXTS, SHOWN, COMPILERS = (1, 8, 64, 256), (200, 1000), 3, 16
+SWEPT = (  # warps, stages, most registers of a thread; an even number of stages is as good as the odd one before
+    *((warps, stages, None) for warps in (2, 4, 8) for stages in (3, 5, 9)),
+    *((1, 3, None), (2, 3, 200), (4, 3, 128), (4, 3, 96), (4, 5, 168), (8, 3, 80), (8, 5, 80)),
+)
+SWEPT_PROMPTS = tuple((rows, warps, stages) for rows in (64, 128) for warps in (4, 8) for stages in (3, 5))
 
 
 def caches(form: Form, blocks: int, layers: int) -> list[tuple[Tensor, Tensor]]:
@@ -34,64 +63,140 @@ def caches(form: Form, blocks: int, layers: int) -> list[tuple[Tensor, Tensor]]:
     return [(pair(), pair()) for _ in range(layers)]
 
 
-def pages(starts: list[int], lens: list[int]) -> Pages:
-    """Blocks in random order."""
-    width = max(lens) // BLOCK_SIZE
-    table = torch.randperm(len(lens) * width, device="cuda").view(len(lens), width)
+def pages(starts: list[int], lens: list[int], room: int = 0) -> Pages:
+    """Blocks in random order; `room`: tokens for which the block table has entries, at least."""
+    used, width = -(-max(lens) // BLOCK_SIZE), -(-max(*lens, room) // BLOCK_SIZE)
+    table = torch.zeros(len(lens), width, dtype=torch.int64, device="cuda")
+    table[:, :used] = torch.randperm(len(lens) * used, device="cuda").view(len(lens), used)
     return Pages(torch.tensor(starts, device="cuda"), torch.tensor(lens, device="cuda"), table)
 
 
 def replayed_us(runs: list[Callable[[], object]]) -> float:
-    """Microseconds of one of `runs`, from a graph of all of them."""
+    """Microseconds of one of `runs`, from a graph of all of them; the GPU's caches hold nothing of theirs."""
     runs[0]()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    return median_us(graph.replay, REPEATS) / len(runs)
+    other, times = torch.zeros(COLD_BYTES // 4, device="cuda"), []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.sum()
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return median(times) / len(runs)
 
 
-def decode_us(form: Form, batch: int, context: int) -> float:
-    """One layer of one step: `batch` sequences of `context` tokens."""
+def decodes(name: str, batch: int, context: int, room: int = 0) -> list[Call]:
+    """Layers of one step: `batch` sequences of `context` tokens."""
+    form = FORMS[name]
     layer_bytes = batch * context * form.num_kv_heads * form.head_dim * 4
     layers = max(1, min(32, -(-COLD_BYTES // layer_bytes)))
-    where = pages(list(range(batch + 1)), [context] * batch)
-    q = torch.randn(batch, form.num_heads, form.head_dim, device="cuda")
-    stores = caches(form, where.block_table.numel(), layers)
-    return replayed_us([lambda kv=kv: attend(q, *kv, where, form) for kv in stores])  # type: ignore[misc]
+    return calls(name, pages(list(range(batch + 1)), [context] * batch, room), batch, layers)
 
 
-def prompt_us(form: Form) -> float:
-    where = pages([0, PROMPT], [PROMPT])
-    q = torch.randn(PROMPT, form.num_heads, form.head_dim, device="cuda")
-    return replayed_us([lambda kv=kv: attend(q, *kv, where, form) for kv in caches(form, PROMPT // BLOCK_SIZE, 8)])  # type: ignore[misc]
+def prompts(name: str) -> list[Call]:
+    return calls(name, pages([0, PROMPT], [PROMPT]), PROMPT, 8)
 
 
-def measure(form: Form, ceiling: float) -> dict[str, Any]:
-    numbers: dict[str, Any] = {}
+def calls(name: str, where: Pages, num_rows: int, layers: int) -> list[Call]:
+    form = FORMS[name]
+    q = torch.randn(num_rows, form.num_heads, form.head_dim, device="cuda")
+    sinks = torch.randn(form.num_heads, device="cuda") if name in HAVE_SINKS else None
+    blocks = len(where.context_lens) * -(-int(where.context_lens.max()) // BLOCK_SIZE)
+    return [Call(torch.empty_like(q), q, *kv, where, form, sinks) for kv in caches(form, blocks, layers)]
+
+
+def attend_us(layers: list[Call]) -> float:
+    """One layer with the launch that attention.py chooses."""
+    return replayed_us([lambda c=c: attend(c.q, c.k, c.v, c.pages, c.form, c.sinks, c.out) for c in layers])  # type: ignore[misc]
+
+
+def measure(name: str, ceiling: float) -> dict[str, Any]:
+    form, numbers = FORMS[name], dict[str, Any]()
     for batch in BATCHES:
         for context in CONTEXTS:
-            us = decode_us(form, batch, context)
-            gbps = batch * context * form.num_kv_heads * form.head_dim * 4 / us / 1e3
+            us = attend_us(decodes(name, batch, context))
+            gbps = batch * min(context, form.window or context) * form.num_kv_heads * form.head_dim * 4 / us / 1e3
             numbers[f"B={batch} ctx={context}"] = {
                 "us": round(us, 2),
                 "gb_per_s": round(gbps),
                 "of_copy": round(gbps / ceiling, 3),
             }
-    us = prompt_us(form)
-    flop = 2 * PROMPT * (PROMPT + 1) * form.num_heads * form.head_dim
+    us = attend_us(prompts(name))
+    seen = min(PROMPT, form.window or PROMPT)  # keys of the last row
+    flop = 2 * (2 * PROMPT + 1 - seen) * seen * form.num_heads * form.head_dim
     numbers[f"prompt={PROMPT}"] = {"us": round(us, 1), "tflop_per_s": round(flop / us / 1e6)}
     return numbers
+
+
+def sweep(name: str) -> None:
+    form = FORMS[name]
+    for batch in SWEPT_BATCHES:
+        for context in SWEPT_CONTEXTS:
+            layers = decodes(name, batch, context, GRAPH_TOKENS)
+            now = decode_launch(form, batch, layers[0].max_splits)
+            others = list(decode_launches(form, layers[0], now))
+            compare(f"{name}, B={batch} ctx={context}", layers, launch_decodes, [now, *others])
+    launches = [Launch(*swept) for swept in SWEPT_PROMPTS if swept[0] >= form.group]
+    compare(f"{name}, prompt={PROMPT}", prompts(name), launch_prompts, [prompt_launch(form), *launches])
+
+
+def decode_launches(form: Form, call: Call, now: Launch) -> Iterator[Launch]:
+    """SWEPT, with one program for a row, with as many as there are partials, and with as many as now."""
+    rows = call.num_seqs * form.num_kv_heads
+    for num_parts in {1, now.num_parts} | ({call.max_splits} if rows * call.max_splits <= 2 * PROGRAMS else set()):
+        for num_warps, num_stages, registers in SWEPT:
+            yield replace(
+                now, num_warps=num_warps, num_stages=num_stages, num_parts=num_parts, max_registers=registers
+            )
+
+
+def compare(about: str, layers: list[Call], run: Callable[[Call, Launch], None], launches: list[Launch]) -> None:
+    """Print the times of the first of `launches` and of the best."""
+    now, launches = launches[0], list(dict.fromkeys(launches))
+    with ThreadPoolExecutor(COMPILERS, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
+        fits = list(pool.map(lambda launch: can_run(layers[0], run, launch), launches))
+    times = {
+        launch: replayed_us([lambda c=c, a=launch: run(c, a) for c in layers])  # type: ignore[misc]
+        for launch, fit in zip(launches, fits, strict=True)
+        if fit
+    }
+    best = sorted(times, key=times.__getitem__)[:SHOWN]
+    print(f"{about}: now {shown(now, times)}; best " + ", ".join(shown(one, times) for one in best), flush=True)
+
+
+def can_run(call: Call, run: Callable[[Call, Launch], None], launch: Launch) -> bool:
+    """Whether it compiles to what a multiprocessor can hold."""
+    try:
+        run(call, launch)
+    except OutOfResources:
+        return False
+    return True
+
+
+def shown(launch: Launch, times: dict[Launch, float]) -> str:
+    registers = f" r{launch.max_registers}" if launch.max_registers else ""
+    how = f"{launch.rows} rows w{launch.num_warps} s{launch.num_stages} p{launch.num_parts}{registers}"
+    return f"{times[launch]:.2f} us ({how})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_out(parser)
+    parser.add_argument("--sweep", nargs="*", metavar="MODEL", choices=[[], *FORMS], help="compare launches")
     args = parser.parse_args()
+    if args.sweep is not None:
+        for name in args.sweep or FORMS:
+            sweep(name)
+        return
     ceiling = copy_gbps()
     numbers: dict[str, Any] = {"copy_gb_per_s": round(ceiling)}
-    for name, form in FORMS.items():
-        numbers[name] = measure(form, ceiling)
+    for name in FORMS:
+        numbers[name] = measure(name, ceiling)
     finish("attention", {"cache": "float16", "block_size": BLOCK_SIZE}, numbers, args.out)
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; `plan` and `inspect` come th
     from worker_orcd.tokenizer.base import Tokenizer
     from worker_orcd.tokenizer.chat import ChatTemplate
 
-STEP_TOKENS = {"cpu": 64, "cuda": 512}  # by default: bounds workspace, and how long a cancel can go unseen
+STEP_TOKENS = {"cpu": 64, "cuda": 2048}  # by default: bounds workspace, and how long a cancel can go unseen
 MAX_ROWS = 65_535  # that a kernel of kernels/ops takes; with experts a token has one for each it uses
 
 

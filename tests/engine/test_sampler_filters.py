@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.engine.test_sampler import CPU, chi_square, sequence
 from worker_orcd.engine import filters
@@ -31,7 +32,7 @@ GENERATED = [0, 5, 5, 1, 0]
 def choose(logits: Any, rows: list[Sequence], eog_ids: frozenset[int] = frozenset()) -> list[int]:
     table = torch.as_tensor(logits, dtype=torch.float32)
     table = table.expand(len(rows), -1) if table.ndim == 1 else table
-    ids, is_finite, _ = Sampler([], CPU, eog_ids).choose(table, rows, None)
+    (ids, is_finite), _ = Sampler([], CPU, eog_ids).choose(table, rows, None)
     assert is_finite.all()
     return ids.tolist()  # type: ignore[no-any-return]
 
@@ -140,7 +141,7 @@ def test_mirostat_holds_the_surprise_at_its_target() -> None:
         params = SamplingParams(5, mirostat_tau=tau, mirostat_eta=0.2)
         seq, surprises, sampler = sequence(params), list[float](), Sampler([], CPU)
         for _ in range(400):
-            ids, _, surprise = sampler.choose(logits[None], [seq], None)
+            (ids, _), surprise = sampler.choose(logits[None], [seq], None)
             assert surprise is not None
             assert float(surprise) == pytest.approx(-math.log2(p[int(ids)]), abs=1e-5)
             seq.mirostat_mu = mirostat_mu(params, seq.mirostat_mu, float(surprise))
@@ -195,11 +196,37 @@ def test_a_row_is_the_same_alone_and_in_any_batch(vocab: int, count: int) -> Non
     together = sampler.choose(logits, rows, None)
     assert together.surprise is not None
     for i, row in enumerate(rows):
-        ids, is_finite, surprise = sampler.choose(logits[i : i + 1], [row], None)
+        (ids, is_finite), surprise = sampler.choose(logits[i : i + 1], [row], None)
         assert (int(ids), bool(is_finite)) == (int(together.ids[i]), True), row.request.sampling
         assert surprise is None or torch.equal(surprise, together.surprise[i : i + 1])
     order = random.Random(2).sample(range(count), count)
     assert torch.equal(sampler.choose(logits[order], [rows[i] for i in order], None).ids, together.ids[order])
+
+
+@pytest.mark.parametrize("ways", [(0.0,), (1.0,), (0.0, 0.7)])
+def test_the_kernel_is_told_the_same_by_a_sampler_that_has_seen_other_steps(ways: tuple[float, ...]) -> None:
+    """Of sequences that go on, that come and go, and some that are not the kernel's."""
+    told: list[Tensor] = []
+
+    def kernel(logits: Tensor, table: Tensor) -> Tensor:
+        told.append(table.clone())
+        return torch.stack([logits.argmax(-1), torch.ones(len(logits), dtype=torch.int64)])
+
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    rows = [sequence(SamplingParams(i, ways[i % len(ways)], top_k=i, top_p=0.9)) for i in range(5)]
+    rows.insert(2, sequence(SamplingParams(9, repetition_penalty=1.5)))
+    sampler = Sampler([], CPU, kernel=kernel)
+    for members in ([0, 1], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [4, 3], [2], [4, 5], [4, 5], []):
+        step, mine = [rows[row] for row in members], logits[members]
+        found, expected = sampler.choose(mine, step, None), Sampler([], CPU, kernel=kernel).choose(mine, step, None)
+        assert torch.equal(found.both, expected.both)
+        if members not in ([2], []):
+            assert torch.equal(told[-2], told[-1])
+            greedy = [seq.request.sampling.temperature == 0 for seq in step if seq is not rows[2]]
+            assert told[-1][1].bool().tolist() == greedy
+            assert told[-1][5].any() != all(greedy), "draws are made where they are needed"
+        for seq in step:
+            seq.tokens.append(1)
 
 
 def test_neutral_parameters_run_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +262,7 @@ def test_bans_hold_until_they_are_over() -> None:
 def test_a_row_that_may_say_nothing_is_a_fault_of_its_own() -> None:
     nothing = SamplingParams(0, logit_bias=dict.fromkeys(range(10), -math.inf))
     rows = [sequence(SamplingParams(0)), sequence(nothing), sequence(SamplingParams(0))]
-    ids, is_finite, _ = Sampler([], CPU).choose(torch.tensor(LOGITS).float().expand(3, -1), rows, None)
+    (ids, is_finite), _ = Sampler([], CPU).choose(torch.tensor(LOGITS).float().expand(3, -1), rows, None)
     assert is_finite.tolist() == [True, False, True]
     assert ids[0] == ids[2]
     assert 0 <= ids[1] < 10, "whatever it is, the next step may look it up"

@@ -148,6 +148,11 @@ def rope(**changes: Any) -> Call:
     return lambda: OPS.rope_store(**(args | changes))
 
 
+def embed(table: Tensor | None = None, shape: tuple[int, int] = (16, 128), tokens: Tensor | None = None) -> object:
+    tokens = zeros(2, dtype=torch.int64) if tokens is None else tokens
+    return OPS.embed(tokens, tiles(*shape) if table is None else table, Q8, shape)
+
+
 LAYER: dict[str, tuple[str, Call]] = {
     "rows of no multiple of 4": ("rows of 95", lambda: OPS.add_norm(zeros(4, 95), None, None)),
     "rows too wide": ("rows of 65540", lambda: OPS.add_norm(zeros(1, 2**16 + 4), None, norm(2**16 + 4))),
@@ -185,24 +190,17 @@ LAYER: dict[str, tuple[str, Call]] = {
         rope(at=(zeros(4, dtype=torch.int64), zeros(3, dtype=torch.int64))),
     ),
     "fewer rows than positions": (r"1, 4, 144.*5", rope(at=(zeros(5, dtype=torch.int64),) * 2)),
-    "places of another format": (
-        "80.*2176",
-        lambda: OPS.gather_rows(tiles(16, 128), zeros(16, 80, dtype=torch.int32), zeros(2, dtype=torch.int64)),
-    ),
-    "tokens of another type": (
-        "int32",
-        lambda: OPS.gather_rows(
-            tiles(16, 128), zeros(16, 8 * 136, dtype=torch.int32), zeros(2, dtype=torch.int32)
-        ),
-    ),
-    "rows longer than an int counts": (
-        "2281701376",
-        lambda: OPS.gather_rows(
-            zeros(1, 1, 1, dtype=torch.uint8).expand(1, 2**24, 2176).to(META),
-            zeros(16, 8 * 136, dtype=torch.int32),
-            zeros(2, dtype=torch.int64),
-        ),
-    ),
+    "a table of another format": ("Q8_0.*2176.*1088", lambda: embed(zeros(1, 1, 1088, dtype=torch.uint8))),
+    "a table of fewer rows": (r"33, 128.*\(3, 1, 2176\)", lambda: embed(tiles(32, 128), (33, 128))),
+    "a table of another type": ("int8", lambda: embed(tiles(16, 128).view(torch.int8))),
+    "a table with gaps": ("contiguous", lambda: embed(zeros(1, 1, 4352, dtype=torch.uint8)[..., ::2])),
+    "a table elsewhere": ("lies on meta", lambda: embed(tiles(16, 128, META))),
+    "a table off 16 bytes": ("16 bytes", lambda: embed(shifted(1, 1, 2176, dtype=torch.uint8))),
+    "a table of no multiple of 4": ("126", lambda: embed(shape=(16, 126))),
+    "tokens of another type": ("int32", lambda: embed(tokens=zeros(2, dtype=torch.int32))),
+    "tokens elsewhere": ("lies on meta", lambda: embed(tokens=zeros(2, dtype=torch.int64, device=META))),
+    "tokens of two dimensions": ("2, 1", lambda: embed(tokens=zeros(2, 1, dtype=torch.int64))),
+    "more tokens than a grid has": ("70000", lambda: embed(tokens=zeros(70_000, dtype=torch.int64))),
 }  # fmt: skip
 
 
@@ -290,7 +288,7 @@ def test_what_is_right_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         multiplied,
         lambda: OPS.add_norm(zeros(4, 96), Part(zeros(1, 4, 96)), norm(96)),
         lambda: OPS.activate([*map(Part, gate_and_up(96, 96))], 96),
-        lambda: OPS.gather_rows(tiles(16, 128), zeros(16, 8 * 136, dtype=torch.int32), zeros(2, dtype=torch.int64)),
+        embed,
         rope(),
         attended(),
         sampled(),

@@ -23,7 +23,7 @@ from worker_orcd.kernels.ops.experts import ExpertOps
 from worker_orcd.kernels.ops.ops import Ops, Part
 from worker_orcd.kernels.ops.sample import banned_bits, sample
 from worker_orcd.quant.format import FORMATS
-from worker_orcd.quant.repack import pack, row_places
+from worker_orcd.quant.repack import pack
 
 FORMS = (
     (replace(SMALL, window=40), True),
@@ -58,7 +58,7 @@ class Edges:
                     sums = Part(linear(image, num_rows, matrix), self.random(n))
                     assert self.ops.total([sums]).isfinite().all()
             rows = torch.tensor([n - 1, 0, n // 2], device=self.gpu.device)
-            self.ops.gather_rows(matrix.tiles, row_places(kind, self.gpu.device), rows)
+            assert self.ops.embed(rows, matrix.tiles, kind, (n, k)).isfinite().all()
         if self.gpu.card.has_wgmma:
             check_variants(kind, (136, 1024), 3, self.gpu)
         self.experts(kind, k)

@@ -6,7 +6,11 @@ Without a GPU the kernels run under Triton's interpreter, on small shapes.
 from __future__ import annotations
 
 import math
+import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -149,6 +153,7 @@ VARIANTS = {
     "one head": (Form(1, 1, 16, 0.3), False),
     "group of 7, padded head": (Form(7, 1, 80, 0.1), True),
     "group of 24": (Form(24, 1, 16, 0.3), False),
+    "group of 40": (Form(40, 1, 16, 0.3), True),
     "large head": (Form(2, 1, 256, 0.0625), False),
 }
 
@@ -198,7 +203,7 @@ def check_company(world: World, rounds: int) -> None:
 
 
 @on_cpu
-@pytest.mark.parametrize("case", ["plain", "window", "all"])
+@pytest.mark.parametrize("case", ["plain", "window", "all", "group of 40"])
 def test_shared_splits_give_the_bits_of_one_program(case: str) -> None:
     form, has_sinks = VARIANTS[case]
     check_parts(build(form, [1, 256, 257, 600], 32, torch.float16, has_sinks), [2, 3])
@@ -207,11 +212,11 @@ def test_shared_splits_give_the_bits_of_one_program(case: str) -> None:
 def check_parts(world: World, parts: list[int]) -> None:
     expected = all_rows(world)
     chunks = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
-    rows = max(16, 2 ** math.ceil(math.log2(world.form.group)))
-    for num_parts in [1, *parts]:
-        found = decode(world, chunks, Launch(rows, 4, 2, num_parts))
+    few, many = (kernels.decode_launch(world.form, count, 36) for count in (1, 1000))
+    for launch in (few, many, *(replace(few, num_parts=n) for n in [1, *parts])):
+        found = decode(world, chunks, launch)
         for s, row in enumerate(found):
-            assert torch.equal(row, expected[s][-1]), (s, num_parts)
+            assert torch.equal(row, expected[s][-1]), (s, launch)
 
 
 @pytest.mark.parametrize("form", [SMALL, Form(6, 2, 48, 0.2)])
@@ -222,12 +227,57 @@ def test_an_image_holds_the_rows_in_the_order_of_the_matmuls(form: Form) -> None
         q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
         pages = pages_of(world, chunks)
         expected = attend(q, *world.cache, pages, form).flatten(1)
-        image = torch.zeros(image_shape(len(q), width), dtype=torch.bfloat16, device=DEVICE)
+        image = torch.full(image_shape(len(q), width), torch.nan, dtype=torch.bfloat16, device=DEVICE)
         assert attend(q, *world.cache, pages, form, out=image) is image
         found = rows_of(image, len(q), width)
         if HAS_GPU:  # the interpreter cuts bits off where the device rounds
             assert torch.equal(found, expected.bfloat16())
         torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-6)
+
+
+COMPILE_FOR_HOPPER = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from worker_orcd.kernels import attention_kernels as kernels
+
+TYPES = dict(out="*bf16", q="*fp32", k="*fp16", v="*fp16", query_starts="*i64", context_lens="*i64",
+             block_table="*i64", partials="*fp32", num_seqs="i32", table_width="i32", groups="i32", factor="fp32",
+             max_splits="i32")
+VALUES = dict(SOFT_CAP=0.0, GROUP=4, DIM=64, BLOCK=32, WINDOW=0, ROWS=16, IS_PROMPT=False, PAD=128, OVERLAPS=True,
+              UNROLL=8, sinks=None)
+
+name, stages, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
+kernel, values = getattr(kernels, name), VALUES | changes
+values = {x: values[x] for x in kernel.arg_names if x in values}
+types = {x: "constexpr" if x in values else TYPES[x] for x in kernel.arg_names}
+aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kernel.arg_names) if types[x].startswith("*")}
+source = ASTSource(kernel, types, constexprs=values, attrs=aligned)
+built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": stages, "launch_pdl": True})
+print(built.asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "changes"),
+    [
+        ("attention_kernel", 5, {}),
+        ("attention_kernel", 3, {"partials": None}),
+        ("attention_kernel", 3, {"partials": None, "ROWS": 64, "IS_PROMPT": True}),
+        ("fold_kernel", 3, {}),
+    ],
+)
+def test_only_integers_are_read_before_the_kernel_before_has_ended(name: str, num_stages: int, changes: object) -> None:
+    command = [sys.executable, "-c", COMPILE_FOR_HOPPER, name, str(num_stages), repr(changes)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    steps = re.findall(r"griddepcontrol\.\w+|(?:ld|st|atom|red)\.(?:\w+\.)*global[\w.]*|cp\.async|\bret;", ptx)
+    wait = steps.index("griddepcontrol.wait")
+    assert steps[0] == "griddepcontrol.launch_dependents"
+    assert all(step.startswith("ld.global.cg.b64") for step in steps[1:wait]), steps[:wait]
+    assert "cp.async" in steps or name == "fold_kernel"
+    assert not any(step.startswith("griddep") for step in steps[wait + 1 :])
 
 
 def check_padding(world: World) -> None:
@@ -250,7 +300,7 @@ def test_padding_sequences_are_zeros(lens: list[int]) -> None:
 
 
 EVERY_SHAPE = pytest.mark.parametrize(
-    "form", [QWEN, LLAMA, PHI, Form(8, 1, 80, 0.1), Form(8, 2, 256, 0.0625)], ids=str
+    "form", [QWEN, LLAMA, PHI, Form(8, 1, 80, 0.1), Form(8, 2, 256, 0.0625), Form(48, 1, 64, 0.125)], ids=str
 )
 EVERY_TYPE = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -312,7 +362,7 @@ def test_tiles_of_any_shape_give_the_same_bits(form: Form, dtype: torch.dtype) -
     expected[70] = math.nan
     for rows, num_warps, num_stages in [
         (16, 1, 2),
-        (16, 4, 3),
+        (16, 4, 5),
         (32, 4, 2),
         (64, 4, 3),
         (64, 8, 2),

@@ -128,7 +128,8 @@ def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
 
 
 def test_units_hold_about_what_an_expert_has() -> None:
-    assert [unit_rows(pairs, 32) for pairs in (4, 256, 257, 513, 4096)] == [8, 8, 16, 32, 32]
+    assert [unit_rows(pairs, 32, True) for pairs in (4, 128, 129, 512, 1024, 8192)] == [8, 8, 16, 32, 64, 128]
+    assert [unit_rows(pairs, 32, False) for pairs in (4, 129, 257, 8192)] == [8, 16, 32, 32]
 
 
 def test_what_does_not_match_is_refused_before_a_launch(gpu: Gpu) -> None:

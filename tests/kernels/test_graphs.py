@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from tests.engine.test_pack import CPU, sequence
 from tests.kernels.test_cuda_backend import runtime_on
 from worker_orcd.backends.base import SampleKernel
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.engine.core import EngineCore
-from worker_orcd.engine.graphs import ROWS, CudaRecorder, Graphs, Recording
+from worker_orcd.engine.graphs import ROWS, CudaRecorder, Frame, Graphs, Recording
+from worker_orcd.engine.pack import pack
 from worker_orcd.engine.plain_step import PlainStep
 from worker_orcd.engine.request import Request, SamplingParams, Tokens
 from worker_orcd.engine.runtime import Runtime
 from worker_orcd.engine.sampler import Sampler
 from worker_orcd.engine.scheduler import SchedulerLimits
+from worker_orcd.engine.sequence import Chunk, Sequence
 from worker_orcd.errors import CudaError
 from worker_orcd.kernels.gpu import Gpu
 
@@ -131,6 +135,63 @@ def test_rows_that_pad_leave_the_cache_alone(runtime: Runtime) -> None:
         layer.v.copy_(v)
 
 
+ROOM, WIDTH = 8, 6  # sequences, blocks
+
+
+def some_rows(rng: random.Random, pool: list[Sequence]) -> list[Sequence]:
+    """Decodes in another order, of which some end, grow, share a block or have a token that is not known yet."""
+    pool[rng.randrange(ROOM)] = sequence([rng.randrange(99) for _ in range(9)], [rng.randrange(50) for _ in range(3)])
+    for seq in rng.sample(pool, 3):
+        blocks = seq.block_table.blocks
+        blocks[rng.randrange(len(blocks))] = rng.randrange(50)
+        if len(blocks) < WIDTH:
+            blocks.append(rng.randrange(50))
+            seq.tokens += [rng.randrange(99)] * 4
+    rows = rng.sample(pool, rng.randrange(1, ROOM + 1))
+    for seq in rows:
+        seq.num_unknown, seq.sampled_row = rng.randrange(2), rng.randrange(ROOM)
+    return rows
+
+
+def test_a_frame_holds_what_a_batch_would() -> None:
+    """Step after step in the same place, whatever was there before."""
+    rng = random.Random(0)
+    frame = Frame(ROOM, WIDTH, 4, CPU)
+    pool, rows = [sequence([1] * 9, [1, 2, 3]) for _ in range(ROOM)], list[Sequence]()
+    for step in range(60):
+        if step % 3 == 2:  # as in the step before, all tokens still unknown
+            for row, seq in enumerate(rows):
+                seq.num_unknown, seq.sampled_row = 1, row
+        else:
+            rows = some_rows(rng, pool)
+        for seq in rows:
+            seq.num_computed = seq.num_tokens - 1
+        plan, sampled = [Chunk.of(seq, 1) for seq in rows], torch.randint(100, (ROOM,))
+        frame.fill(plan, sampled)
+        found, wanted, count = frame.batch, pack(plan, CPU, sampled), len(plan)
+        for mine, theirs in (
+            (found.tokens, wanted.tokens),
+            (found.attn.positions, wanted.attn.positions),
+            (found.attn.context_lens, wanted.attn.context_lens),
+        ):
+            assert mine.tolist() == theirs.tolist() + [0] * (ROOM - count)
+        assert found.slots.tolist() == wanted.slots.tolist() + [-1] * (ROOM - count)
+        table = torch.zeros(ROOM, WIDTH, dtype=torch.int64)
+        table[:count, : wanted.attn.block_table.shape[1]] = wanted.attn.block_table
+        assert torch.equal(found.attn.block_table, table)
+        assert found.attn.query_starts.tolist() == list(range(ROOM + 1))
+
+
+def test_a_fill_that_failed_leaves_nothing_behind() -> None:
+    frame, good, bad = Frame(2, WIDTH, 4, CPU), sequence([5] * 9, [1, 2, 3], 8), sequence([5] * 40, [7], 39)
+    frame.fill([Chunk.of(good, 1)], None)
+    with pytest.raises(IndexError):
+        frame.fill([Chunk.of(bad, 1)], None)
+    frame.fill([Chunk.of(good, 1)], None)
+    assert frame.batch.slots.tolist() == [3 * 4, -1]
+    assert frame.batch.attn.block_table[0].tolist() == [1, 2, 3, 0, 0, 0]
+
+
 def test_what_is_not_recorded(runtime: Runtime) -> None:
     graphs = Graphs(runtime, CONTEXT, recorder(runtime))
     assert answers(runtime, graphs, [Request("a", [5] * 9, 1, SamplingParams(seed=0))])
@@ -140,8 +201,8 @@ def test_what_is_not_recorded(runtime: Runtime) -> None:
 
 def test_wider_tables_are_recorded_anew(runtime: Runtime) -> None:
     graphs = Graphs(runtime, 100_000, recorder(runtime))
-    widths = [graphs._width(blocks, 16) for blocks in (1, 64, 65, 256, 257, 6249)]
-    assert widths == [64, 64, 256, 256, 1024, 6250]
+    widths = [graphs._width(blocks, 16) for blocks in (1, 16, 17, 65, 256, 257, 6249)]
+    assert widths == [16, 16, 64, 256, 256, 1024, 6250]
 
 
 def test_only_heads_the_tensor_cores_take_are_recorded(gpu: Gpu) -> None:

@@ -12,7 +12,7 @@ from worker_orcd.kernels import nvrtc
 from worker_orcd.kernels.gpu import Card
 from worker_orcd.kernels.linear.linear import kernel_of
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear
-from worker_orcd.kernels.ops.ops import KV_BITS
+from worker_orcd.kernels.ops.ops import KV_BITS, embed_source
 from worker_orcd.kernels.ops.sample import SOURCE
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.format import FORMATS
@@ -50,12 +50,11 @@ def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
 
 
 OTHERS = [
-    ("gather_rows", defined(PLAIN=1)),
-    ("add_norm", defined(WIDTH=4096)),
-    ("add_norm", defined(WIDTH=36)),
-    *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2)) for bits in KV_BITS.values()),
-    *(("activate", defined(ACTIVATION=kind.upper(), GATED=1)) for kind in ("silu", "gelu", "gelu_tanh", "clamped")),
-    ("activate", defined(ACTIVATION="GELU", GATED=0)),
+    ("add_norm", defined(WIDTH=4096, CLUSTER=1, BLOCK=512, AHEAD=8)),
+    ("add_norm", defined(WIDTH=36, CLUSTER=1, BLOCK=64, AHEAD=1)),
+    *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2, AHEAD=4)) for bits in KV_BITS.values()),
+    *(("activate", defined(ACTIVATION=kind, GATED=1, AHEAD=2)) for kind in ("SILU", "GELU", "GELU_TANH", "CLAMPED")),
+    ("activate", defined(ACTIVATION="GELU", GATED=0, AHEAD=1)),
     ("arrange", defined(EXPERTS=32, USED=4)),
     ("to_image", defined(PLAIN=1)),
     ("total", defined(PLAIN=1)),
@@ -68,6 +67,13 @@ OTHERS = [
 def test_the_other_kernels_compile(name: str, options: tuple[str, ...], arch: str) -> None:
     source = SOURCE if name == "sample" else Source("ops", "rows.cu", options)
     assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
+
+
+@EVERY_CARD
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_embed_compiles(kind: GgmlType, arch: str) -> None:
+    source = embed_source(kind)
+    assert b"embed" in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 
 def test_what_does_not_compile_says_why() -> None:

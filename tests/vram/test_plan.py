@@ -287,7 +287,7 @@ def test_batch_and_step_size_grow_the_workspace(model: Path) -> None:
     assert workspace(max_batch=5) - workspace(max_batch=4) == more
     assert workspace(max_tokens_per_step=128) > workspace()
     assert draw_up(WorkerConfig(model=model, device="cpu", max_batch=100)).max_step_tokens == 100
-    assert draw_up(WorkerConfig(model=model, device="cuda", max_batch=100)).max_step_tokens == 512
+    assert draw_up(WorkerConfig(model=model, device="cuda", max_batch=100)).max_step_tokens == 2048
     assert draw_up(WorkerConfig(model=model, max_batch=7, max_tokens_per_step=77)).max_step_tokens == 77
 
 

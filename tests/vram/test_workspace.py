@@ -86,7 +86,9 @@ def test_operands_and_partial_results_have_the_kernels_sizes() -> None:
 def test_constants_are_those_of_engine_and_kernels() -> None:
     assert (workspace.GRAPH_ROWS, workspace.SCORE_ROWS) == (graphs.ROWS, scheduler.SCORE_ROWS)
     assert (workspace.GRAPH_TOKENS, workspace.GRAPH_GROWTH) == (graphs.WIDTH_TOKENS, graphs.WIDTH_GROWTH)
-    assert max(unit_rows(pairs, 8) for pairs in (1, 64, 65, 1000)) == workspace.EXPERT_UNIT
+    for has_wgmma in (False, True):
+        for pairs in (1, 32, 33, 64, 128, 129, 256, 257, 1000):
+            assert unit_rows(pairs, 8, has_wgmma) == workspace.expert_unit(pairs, 8, has_wgmma)
 
 
 def dims_of(**given: int) -> Dims:
@@ -144,7 +146,7 @@ def test_a_step_holds_what_is_planned(case: str, tmp_path: Path) -> None:
         score(runtime, ids, 64)
     planned = forward_bytes(assemble._dims(spec, blueprint.cache, config, 64), _matrices(gguf.tensors, table), 64, 64)
     print(case, held.peak, planned)
-    assert held.peak <= planned <= 1.4 * held.peak
+    assert held.peak <= planned <= (1.4 if case == "llama" else 2.0) * held.peak  # units for wgmma are padded further
 
 
 def test_the_warm_up_asks_for_all_that_steps_may_hold(tmp_path: Path) -> None:

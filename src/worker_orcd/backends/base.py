@@ -115,7 +115,7 @@ class Experts:
     num_used: int  # by a row
     is_normalized: bool  # a row weights experts by the softmax over those it takes; else over all
     router: Projection  # [E, K]
-    gate_up: Projection  # gate and up, [E F, K] each
+    gate_up: Projection  # gate and up, [E F, K] each; or joined, [E 2F, K]
     down: Projection  # [E K, F]
     activation: Activation
     shared: SharedExpert | None = None
@@ -176,8 +176,11 @@ class Backend(Protocol):
         """GGUF bytes of one matrix (u8, on the device) → the backend's own form. Takes ownership of `raw`."""
         ...
 
-    def join(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:
-        """One matrix with the rows of all, for inputs they share; None when they are better kept apart."""
+    def join(self, weights: Sequence[PackedWeight], count: int = 1) -> PackedWeight | None:
+        """One matrix with the rows of all, for inputs they share; None when they are better kept apart.
+
+        Each may be `count` matrices, one under the other: then it is first of all the first of each, side by side.
+        """
         ...
 
     def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:

@@ -33,12 +33,13 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.attention import Form, Pages, attend, takes
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, tiled
-from worker_orcd.kernels.linear.plan import choose_slices, plan_linear
+from worker_orcd.kernels.linear.plan import choose_expert_slices, plan_linear
 from worker_orcd.kernels.ops import ops
 from worker_orcd.kernels.ops.experts import ExpertOps, Routing
 from worker_orcd.kernels.ops.ops import Ops
+from worker_orcd.kernels.ops.sample import SOURCE as SAMPLE
 from worker_orcd.kernels.ops.sample import banned_bits, sample
-from worker_orcd.quant.repack import check_scales, dequantize_rows, pack, row_places
+from worker_orcd.quant.repack import check_scales, pack
 from worker_orcd.quant.tiles import TILE_ROWS, packed_bytes
 
 
@@ -64,6 +65,7 @@ class CudaBackend:
         check_equal_bits(self._linear, self._ops, self.device)
 
     def sample_kernel(self, banned: list[int], vocab_size: int) -> SampleKernel | None:
+        self._gpu.compile_ahead(SAMPLE)
         bits = banned_bits(banned, vocab_size, self.device)
         return lambda logits, table: sample(self._gpu, logits, table, bits)
 
@@ -84,22 +86,21 @@ class CudaBackend:
         self._linear.compile_ahead(matrix)
         return PackedWeight(type, shape, (tiles,), matrix)
 
-    def join(self, weights: Sequence[base.PackedWeight]) -> base.PackedWeight | None:
-        """One matrix with the rows of all, for inputs they share; None where formats or widths differ.
+    def join(self, weights: Sequence[base.PackedWeight], count: int = 1) -> base.PackedWeight | None:
+        """None where formats or widths differ.
 
         Tiles stay as they are, so all matrices but the last must end with a tile. For a moment both copies exist.
         """
         first, total = weights[0], sum(weight.shape[0] for weight in weights)
         if any(w.type is not first.type or w.shape[1] != first.shape[1] for w in weights):
             return None
-        if any(w.shape[0] % TILE_ROWS for w in weights[:-1]):
+        if any(w.shape[0] // count % TILE_ROWS for w in (weights if count > 1 else weights[:-1])):
             return None
-        tiles = torch.cat([weight.parts[0] for weight in weights])
+        tiles = torch.cat([w.parts[0].view(count, -1, *w.parts[0].shape[1:]) for w in weights], 1).flatten(0, 1)
         return self._weight(tiles, first.type, (total, first.shape[1]))
 
     def embed(self, tokens: Tensor, table: base.PackedWeight) -> Tensor:
-        stored = self._ops.gather_rows(table.parts[0], row_places(table.type, self.device), tokens)
-        return dequantize_rows(stored, table.type, table.shape[1])
+        return self._ops.embed(tokens, table.parts[0], table.type, table.shape)
 
     def linear(self, x: Operand, projection: Projection) -> Sums:
         return tuple(base.Part(self._product(x, weight), bias) for weight, bias in projection)
@@ -152,7 +153,7 @@ class CudaBackend:
             return _operand(self._ops.to_image(found), len(q), width)
         form = Form(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap)
         pages = Pages(batch.query_starts, batch.context_lens, batch.block_table)
-        image = attend(q, kv.k, kv.v, pages, form, spec.sinks, self._ops.image(len(q), width, zeroed=True))
+        image = attend(q, kv.k, kv.v, pages, form, spec.sinks, self._ops.image(len(q), width))
         return _operand(image, len(q), width)
 
     def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
@@ -168,24 +169,25 @@ class CudaBackend:
         image = self._ops.activate(gate_up, width, experts.activation)
         ((down, bias),) = experts.down
         y = self._experts.combine(self._grouped(image, down, bias, experts, routing), routing)
-        return (base.Part(torch.stack([y, *self._shared(x, experts)]), None),)
+        shared = self._shared(x, experts)
+        return (base.Part(y[None] if shared is None else torch.stack([y, shared]), None),)
 
     def _grouped(
         self, image: Tensor, weight: base.PackedWeight, bias: Tensor | None, experts: Experts, routing: Routing
     ) -> ops.Part:
         """A row's experts fill the card together, so K is cut as for all their rows."""
         n, k, count = weight.shape[0] // experts.num_experts, weight.shape[1], experts.num_experts
-        plan = plan_linear(n, k, weight.type, choose_slices(n * experts.num_used, k, weight.type))
+        plan = plan_linear(n, k, weight.type, choose_expert_slices(n, k, weight.type, experts.num_used))
         matrix = TiledMatrix(weight.type, (n, k), weight.parts[0], plan, count)
         return self._experts.multiply(image, matrix, bias, routing)
 
-    def _shared(self, x: Operand, experts: Experts) -> list[Tensor]:
+    def _shared(self, x: Operand, experts: Experts) -> Tensor | None:
         shared = experts.shared
         if shared is None:
-            return []
+            return None
         h = self.activate(self.linear(x, shared.gate_up), experts.activation)
         gate = sigmoid(self.total(self.linear(x, shared.gate)))
-        return [self.total(self.linear(h, shared.down)) * gate]
+        return self.total(self.linear(h, shared.down)) * gate
 
 
 def _operand(image: Tensor | None, num_rows: int, width: int) -> Operand:

@@ -76,7 +76,7 @@ class TorchBackend:
             raise InsufficientVram(f"{shape[0] * shape[1] * 4} bytes for one matrix on {self.device}") from error
         return PackedWeight(type, shape, (matrix,))
 
-    def join(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:  # noqa: ARG002 - gains nothing here
+    def join(self, weights: Sequence[PackedWeight], count: int = 1) -> PackedWeight | None:  # noqa: ARG002 - no gain
         return None
 
     def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:

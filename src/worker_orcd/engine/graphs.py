@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from worker_orcd.backends.batch import AttnBatch, Batch
 from worker_orcd.engine.runtime import Runtime
-from worker_orcd.engine.sequence import Plan
+from worker_orcd.engine.sequence import Chunk, Plan
 from worker_orcd.errors import CudaError
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # more sequences than these are launched one by one
-WIDTH_TOKENS, WIDTH_GROWTH = 1024, 4  # of a block table: 1,024 tokens, 4,096, …
-NO_SLOT = -1
+WIDTH_TOKENS, WIDTH_GROWTH = 256, 4  # of a block table: 256 tokens, for which attention is one kernel, 1,024, …
+PADDING = np.array([[0], [0], [-1], [0], [0], [0]])  # a row's integers beside its blocks; it stores nothing
+HEAD = len(PADDING)
 
 Recording = tuple[Callable[[], object], Tensor]  # repeats the work; where its result lies
 Record = Callable[[Callable[[], Tensor]], Recording]
@@ -42,11 +44,11 @@ class Graphs:
 
     def logits(self, plan: Plan, last_sampled: Tensor | None) -> Tensor | None:
         """Those of a step, f32 [S, V], valid until the next call; None when it must be launched one by one."""
-        if self.refusal or len(plan) > ROWS[-1] or any(c.num_tokens != 1 or c.num_logits != 1 for c in plan):
+        if self.refusal or len(plan) > ROWS[-1] or not all(map(_is_decode, plan)):
             return None
         block_size = plan[0].sequence.block_table.block_size
         rows = next(rows for rows in ROWS if rows >= len(plan))
-        width = self._width(max(len(chunk.sequence.block_table.blocks) for chunk in plan), block_size)
+        width = self._width(max([len(chunk.sequence.block_table.blocks) for chunk in plan]), block_size)
         if (rows, width) in self._recorded:
             frame, (replay, logits) = self._recorded[rows, width]
             frame.fill(plan, last_sampled)
@@ -83,43 +85,76 @@ class Graphs:
         return max(num_blocks, -(-min(tokens, self._max_tokens) // block_size))
 
 
+def _is_decode(chunk: Chunk) -> bool:
+    """One row, whose logits are wanted."""
+    return chunk.num_tokens == 1 and (chunk.samples or chunk.scores)
+
+
 class Frame:
-    """The integers of a decode step of `rows` sequences, at places that never change."""
+    """The integers of a decode step of `rows` sequences, at places that never change.
+
+    The host keeps what the device has: it writes those block tables that have changed, and sends all when one has.
+    """
 
     def __init__(self, rows: int, width: int, block_size: int, device: torch.device) -> None:
-        self._rows, self._width = rows, width
-        sizes = [rows, rows, rows, rows, rows * width]
-        self._padding = np.zeros(sum(sizes), dtype=np.int64)
-        self._padding[2 * rows : 3 * rows] = NO_SLOT
-        self._flat = torch.from_numpy(self._padding).to(device, copy=True)
-        tokens, positions, slots, lens, table = self._flat.split(sizes)  # type: ignore[no-untyped-call]
-        starts = torch.arange(rows + 1, device=device)
-        attn = AttnBatch(positions, starts, lens, table.view(rows, width), block_size)
-        self.batch = Batch(tokens, slots, starts[:rows], attn)
+        self._host = torch.zeros(rows * (HEAD + width), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = self._host.to(device, copy=True)
+        self._sent = torch.cuda.Event() if self._device.is_cuda else None  # type: ignore[no-untyped-call]
+        flat, self._head_size = self._host.numpy(), HEAD * rows
+        self._head, self._tables = flat[: HEAD * rows].reshape(HEAD, rows), flat[HEAD * rows :].reshape(rows, width)
+        self._unknown = [b"?"] * rows  # no table is this
+        self._known = self._unknown  # each row's blocks
+        self._rows, self._in_order = np.arange(rows), list(range(rows))
+        tokens, positions, slots, lens, *self._late = self._device[: HEAD * rows].view(HEAD, rows)
+        starts, table = torch.arange(rows + 1, device=device), self._device[HEAD * rows :].view(rows, width)
+        self.batch = Batch(tokens, slots, starts[:rows], AttnBatch(positions, starts, lens, table, block_size))
 
     def fill(self, plan: Plan, last_sampled: Tensor | None) -> None:
         """Write a step's integers; tokens the host does not know yet are taken from `last_sampled`."""
-        host = torch.empty(self._flat.shape, dtype=torch.int64, pin_memory=self._flat.is_cuda)
-        flat = host.numpy()
-        flat[:] = self._padding
-        head, tables = flat[: 4 * self._rows].reshape(4, -1), flat[4 * self._rows :].reshape(self._rows, -1)
-        unknown: list[tuple[int, int]] = []
-        for row, chunk in enumerate(plan):
-            seq, position = chunk.sequence, chunk.first
-            table = seq.block_table
-            blocks, block_size = np.frombuffer(table.blocks, dtype=np.int64), table.block_size
-            slot = blocks[position // block_size] * block_size + position % block_size
-            head[1:, row] = position, slot, position + 1
-            if position < len(seq.tokens):
-                head[0, row] = seq.tokens[position]
-            else:
-                unknown.append((row, seq.sampled_row))
-            tables[row, : len(blocks)] = blocks
-        self._flat.copy_(host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.synchronize()  # does not wait: what was sent last was there when the step before began
+        blocks = [chunk.sequence.block_table.blocks.tobytes() for chunk in plan]
+        blocks += [b""] * (len(self._known) - len(plan))
+        known, self._known = self._known, self._unknown  # should this fail, the next step writes all
+        if has_changed := blocks != known:
+            self._write_tables(blocks, known)
+        unknown = self._write_head(plan)
+        sources = [plan[row].sequence.sampled_row for row in unknown]
+        self._head[4:, : len(unknown)] = unknown, sources
+        size = len(self._host) if has_changed else self._head_size
+        self._device[:size].copy_(self._host[:size], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+        self._known = blocks
         if unknown:
             assert last_sampled is not None
-            pairs = torch.tensor(unknown, pin_memory=self._flat.is_cuda).to(self._flat.device, non_blocking=True)
-            self.batch.tokens[pairs[:, 0]] = last_sampled[pairs[:, 1]]
+            self._take(last_sampled, unknown)
+
+    def _write_tables(self, blocks: list[bytes], known: list[bytes]) -> None:
+        for row, (mine, before) in enumerate(zip(blocks, known, strict=True)):
+            if mine != before:
+                ids = np.frombuffer(mine, dtype=np.int64)
+                self._tables[row, : len(ids)] = ids
+                self._tables[row, len(ids) :] = 0
+
+    def _write_head(self, plan: Plan) -> list[int]:
+        """Returns the rows whose tokens are not known."""
+        count, block_size = len(plan), self.batch.attn.block_size
+        positions = np.array([chunk.first for chunk in plan])
+        blocks = self._tables[self._rows[:count], positions // block_size]
+        self._head[:, count:] = PADDING
+        self._head[1:4, :count] = positions, blocks * block_size + positions % block_size, positions + 1
+        known = [chunk.sequence.tokens[chunk.first : chunk.first + 1] for chunk in plan]
+        self._head[0, :count] = [token[0] if token else 0 for token in known]
+        return [row for row, token in enumerate(known) if not token]
+
+    def _take(self, last_sampled: Tensor, rows: list[int]) -> None:
+        """Tokens of these rows; the device was told which they are, and where `last_sampled` has them."""
+        at, sources = (late[: len(rows)] for late in self._late)
+        if rows == self._in_order[: len(rows)]:  # as in nearly all steps
+            torch.index_select(last_sampled, 0, sources, out=self.batch.tokens[: len(rows)])
+        else:
+            self.batch.tokens[at] = last_sampled[sources]
 
 
 @dataclass
@@ -129,8 +164,10 @@ class CudaRecorder:
     pool: Any = None  # a handle of torch's
 
     def __call__(self, work: Callable[[], Tensor]) -> Recording:
+        """The result's memory goes back to the pool, like all the work's: another recording may write there, too."""
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             result = work()
-        return graph.replay, result
+        place = SimpleNamespace(__cuda_array_interface__=result.__cuda_array_interface__)
+        return graph.replay, torch.as_tensor(place, device=result.device)  # reads there, without keeping it

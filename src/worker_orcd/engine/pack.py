@@ -66,6 +66,12 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+def overwrite(tensor: Tensor, values: np.ndarray) -> None:
+    """Likewise, to a place that is there already."""
+    host = torch.from_numpy(values)
+    tensor.copy_(host.pin_memory() if tensor.is_cuda else host, non_blocking=True)
+
+
 def _fill(flat: np.ndarray, sections: list[list[int]], plan: Plan, width: int) -> None:
     """Write the sections one after the other, then the block tables, padded with zeros."""
     at = 0

@@ -103,12 +103,12 @@ class PlainLaunched:
     scores: tuple[Tensor, Tensor] | None  # as of `log_probabilities`
 
     def __post_init__(self) -> None:
-        ids, is_finite, surprise = self.choice
-        self._both = _sent(torch.stack([ids, is_finite.long()]))
+        both, surprise = self.choice
+        self._both = _sent(both)
         self._surprise = None if surprise is None else _sent(surprise)
         self._scores = self.scores and tuple(map(_sent, self.scores))
         self._done: torch.cuda.Event | None = None
-        if ids.is_cuda:
+        if both.is_cuda:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
@@ -120,6 +120,8 @@ class PlainLaunched:
         surprises = repeat(0.0) if self._surprise is None else self._surprise.tolist()
         sampled = zip(tokens, finite, surprises)  # noqa: B905 (zeros without end)
         if self._scores is None and self._surprise is None:
+            if len(tokens) == len(self.plan) and all(finite):
+                return [[token] for token in tokens]
             return [_plain(chunk, *next(sampled)[:2]) if chunk.samples else [] for chunk in self.plan]
         values, ids = self._scores or (torch.empty(0), torch.empty(0))
         scores = zip(values.tolist(), ids.tolist(), strict=True)

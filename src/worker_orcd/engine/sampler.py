@@ -25,13 +25,13 @@ from worker_orcd.backends.base import SampleKernel
 from worker_orcd.engine import filters
 from worker_orcd.engine.filters import FILTERS, MIN_TEMPERATURE, Program, dry_penalties, has_penalty, weigh
 from worker_orcd.engine.grammar import fill_masks
-from worker_orcd.engine.pack import to_device
+from worker_orcd.engine.pack import overwrite, to_device
 from worker_orcd.engine.sequence import Sequence
 
 MIN_PENALTY = 1e-6  # a repetition penalty of 0 is legal; it divides
 ROW_TILE = 8  # rows worked on at once: bounds the float64 and int64 copies of the logits
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+PHILOX_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+PHILOX_WEYL = np.array([[[i * 0x9E3779B9], [i * 0xBB67AE85]] for i in range(10)], dtype=np.uint64)
 MASK32 = np.uint64(0xFFFFFFFF)
 SHIFT32 = np.uint64(32)
 
@@ -42,14 +42,11 @@ Words = NDArray[np.uint64]  # each element below 2^32
 
 def philox(key: tuple[Words, Words], counter: tuple[Words, Words, Words, Words]) -> tuple[Words, ...]:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), element by element."""
-    (k0, k1), (c0, c1, c2, c3) = key, counter
-    m0, m1 = (np.uint64(m) for m in PHILOX_MULTIPLIERS)
-    w0, w1 = (np.uint64(w) for w in PHILOX_WEYL)
-    for _ in range(10):
-        p0, p1 = m0 * c0, m1 * c2
-        c0, c1, c2, c3 = (p1 >> SHIFT32) ^ c1 ^ k0, p1 & MASK32, (p0 >> SHIFT32) ^ c3 ^ k1, p0 & MASK32
-        k0, k1 = (k0 + w0) & MASK32, (k1 + w1) & MASK32
-    return c0, c1, c2, c3
+    even, odd = np.array(counter[::2]), np.array(counter[1::2])
+    for keys in (np.array(key) + PHILOX_WEYL) & MASK32:  # of each round
+        products = PHILOX_MULTIPLIERS * even
+        even, odd = (products >> SHIFT32)[::-1] ^ odd ^ keys, (products & MASK32)[::-1]
+    return even[0], odd[0], even[1], odd[1]
 
 
 def uniforms(
@@ -76,7 +73,10 @@ def draws(rows: list[Sequence], stream: int = 0) -> NDArray[np.float64]:
 
 
 def parameters(rows: list[Sequence]) -> NDArray[np.float64]:
-    """[6, R]: temperature (1 for greedy rows), greedy, top-k (huge when off), top-p, min-p, the draw."""
+    """[6, R]: temperature (1 for greedy rows), greedy, top-k (huge when off), top-p, min-p, the draw.
+
+    Draws are made when any row needs one.
+    """
     params = [seq.request.sampling for seq in rows]
     greedy = [p.temperature < MIN_TEMPERATURE for p in params]
     columns = [
@@ -85,7 +85,7 @@ def parameters(rows: list[Sequence]) -> NDArray[np.float64]:
         [p.top_k or 2**62 for p in params],
         [p.top_p for p in params],
         [p.min_p for p in params],
-        draws(rows),
+        [0.0] * len(rows) if all(greedy) else draws(rows),
     ]
     return np.array(columns, dtype=np.float64)  # top-k is at most 2^53 or off
 
@@ -240,9 +240,36 @@ def _history(rows: list[Sequence], last_sampled: Tensor | None, device: torch.de
 class Choice(NamedTuple):
     """The next tokens of R rows."""
 
-    ids: Tensor  # i64 [R]
-    is_finite: Tensor  # bool [R]; False where the logits are not, or nothing is allowed: the id means nothing
+    both: Tensor  # i64 [2, R]: ids; 0 where the logits are not finite, or nothing is allowed: the id means nothing
     surprise: Tensor | None = None  # f64 [R] bits, what mirostat wants to know; where it is not used it means nothing
+
+    @property
+    def ids(self) -> Tensor:
+        return self.both[0]
+
+    @property
+    def is_finite(self) -> Tensor:
+        return self.both[1]
+
+
+@dataclass
+class Group:
+    """Rows of one program; kept while steps have the same sequences in the same order."""
+
+    program: Program
+    rows: list[Sequence]
+    places: Tensor | None = None  # i64, where they stand in the step; None: they are all of it
+    _table: Tensor | None = None
+    _is_greedy: bool = False
+
+    def table(self, device: torch.device) -> Tensor:
+        """Of `parameters`, for the kernel. From step to step only the draws change."""
+        if self._table is None:
+            table = parameters(self.rows)
+            self._table, self._is_greedy = to_device(table, device), bool(table[1].all())
+        elif not self._is_greedy:
+            overwrite(self._table[5], draws(self.rows))
+        return self._table
 
 
 class Sampler:
@@ -261,35 +288,44 @@ class Sampler:
         """`kernel` takes the rows whose logits need no change; without it torch samples all."""
         self.unsampleable = torch.tensor(unsampleable, dtype=torch.int64, device=device)
         self._eog_ids, self._kernel = eog_ids, kernel
+        self._rows: list[Sequence] = []  # of the last step
+        self._groups = [Group((), [])]
+        self._order: Tensor | None = None
 
     def choose(self, logits: Tensor, rows: list[Sequence], last_sampled: Tensor | None) -> Choice:
         """For every sequence the token after its logits [R, V]; those of one program are sampled together."""
-        programs = {self._program(seq) for seq in rows} or {()}
-        if len(programs) == 1:
-            return self._choose(logits, rows, last_sampled, programs.pop())
-        groups: dict[Program, list[int]] = {}
-        for row, seq in enumerate(rows):
-            groups.setdefault(self._program(seq), []).append(row)
-        choices = []
-        for program, members in groups.items():
-            mine = logits[to_device(np.array(members), logits.device)]
-            choices.append(self._choose(mine, [rows[row] for row in members], last_sampled, program))
-        place = to_device(np.argsort([row for members in groups.values() for row in members]), logits.device)
+        if rows != self._rows:
+            self._groups, self._order = self._grouped(rows, logits.device)
+            self._rows = rows
+        choices = [self._choose(logits, group, last_sampled) for group in self._groups]
+        if self._order is None:
+            return choices[0]
         surprises = [c.ids.double() if c.surprise is None else c.surprise for c in choices]
         has_surprise = any(choice.surprise is not None for choice in choices)
-        return Choice(
-            torch.cat([choice.ids for choice in choices])[place],
-            torch.cat([choice.is_finite for choice in choices])[place],
-            torch.cat(surprises)[place] if has_surprise else None,
-        )
+        both = torch.cat([choice.both for choice in choices], 1).index_select(1, self._order)
+        return Choice(both, torch.cat(surprises)[self._order] if has_surprise else None)
 
-    def _choose(self, logits: Tensor, rows: list[Sequence], last_sampled: Tensor | None, program: Program) -> Choice:
-        if program == KERNEL:
+    def _grouped(self, rows: list[Sequence], device: torch.device) -> tuple[list[Group], Tensor | None]:
+        """The groups, and where each row's choice stands among theirs; None when there is one group."""
+        members: dict[Program, list[int]] = {}
+        for row, seq in enumerate(rows):
+            members.setdefault(self._program(seq), []).append(row)
+        if len(members) < 2:
+            return [Group(next(iter(members), ()), rows)], None
+        groups = [
+            Group(program, [rows[row] for row in places], to_device(np.array(places), device))
+            for program, places in members.items()
+        ]
+        return groups, to_device(np.argsort(np.concatenate([*members.values()])), device)
+
+    def _choose(self, logits: Tensor, group: Group, last_sampled: Tensor | None) -> Choice:
+        mine = logits if group.places is None else logits[group.places]
+        if group.program == KERNEL:
             assert self._kernel is not None
-            ids, is_finite = self._kernel(logits, to_device(parameters(rows), logits.device))
-            return Choice(ids, is_finite.bool())
-        batch = SamplingBatch.of(rows, last_sampled, logits.device, program, self._eog_ids)
-        return Choice(*self.sample(logits, batch))
+            return Choice(self._kernel(mine, group.table(logits.device)))
+        batch = SamplingBatch.of(group.rows, last_sampled, logits.device, group.program, self._eog_ids)
+        ids, is_finite, *surprise = self.sample(mine, batch)
+        return Choice(torch.stack([ids, is_finite.long()]), *surprise)
 
     def _program(self, seq: Sequence) -> Program:
         """Depends on the sequence alone, so that its tokens do not depend on who is sampled with it."""

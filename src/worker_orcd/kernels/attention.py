@@ -18,6 +18,7 @@ over warps. Fused multiply-adds are written out and the compiler's own are off, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -77,8 +78,8 @@ def attend(
     """q [T, Hq, D] over k, v [blocks, block_size, Hk, D] → [T, Hq, D], float32. Never waits for the device.
 
     sinks [Hq] f32: a logit per head that takes part in the sum of weights and has no value. `out` may be an image,
-    bf16 [pieces, groups, 8, 64]: heads side by side in the order of the matmuls. Raises ValueError before a launch
-    that cannot be right.
+    bf16 [pieces, groups, 8, 64]: heads side by side in the order of the matmuls, zeros after the last. Raises
+    ValueError before a launch that cannot be right.
     """
     _check_form(form)
     _check_cache(k, v, form)
@@ -88,7 +89,7 @@ def attend(
     if q.shape[0] > call.num_seqs:
         launch_prompts(call, prompt_launch(form))
     if call.num_seqs > 1 or q.shape[0] == 1:
-        launch_decodes(call, decode_launch(form, call.num_seqs, call.max_splits))
+        launch_decodes(call, decode_launch(form, call.num_seqs, call.max_splits, k.element_size()))
     return call.out
 
 
@@ -170,6 +171,11 @@ class Call:
         return self.out.shape[1] if self.out.ndim == 4 else 0
 
     @property
+    def image_pad(self) -> int:
+        """Columns of an image that no head fills."""
+        return self.out.shape[0] * 64 - self.form.num_heads * self.form.head_dim if self.out.ndim == 4 else 0
+
+    @property
     def num_seqs(self) -> int:
         return len(self.pages.context_lens)
 
@@ -184,12 +190,21 @@ def prompt_launch(form: Form) -> Launch:
     return Launch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= 128 else 8, 3)
 
 
-def decode_launch(form: Form, num_seqs: int, max_splits: int) -> Launch:
-    """Two warps do where programs are many; one alone is faster with four."""
-    num_parts = max(1, min(max_splits, PROGRAMS // (num_seqs * form.num_kv_heads)))
-    num_warps = 2 if num_seqs * form.num_kv_heads * num_parts > PROGRAMS // 2 and form.head_dim <= 128 else 4
+def decode_launch(form: Form, num_seqs: int, max_splits: int, itemsize: int = 2) -> Launch:
+    """itemsize: bytes of a number in the cache. `benchmarks/bench_attention.py --sweep` compares it with others.
+
+    A stage goes to the block table, which must be there before the keys it leads to: with 3 stages the next tile is
+    asked for once this one is used up, with 5 meanwhile. Few programs need that; many hide each other's waits, and
+    the more of them a multiprocessor holds the better. 128 registers a thread are four programs of four warps, so
+    that PROGRAMS are one wave; without the bound they are three, and two waves.
+    """
     rows = max(DECODE_ROWS, triton.next_power_of_2(form.group))
-    return Launch(rows, num_warps, 3, num_parts)
+    num_parts = max(1, min(max_splits, PROGRAMS // (num_seqs * form.num_kv_heads)))
+    if num_seqs * form.num_kv_heads * num_parts > PROGRAMS // 2:
+        fits = rows == DECODE_ROWS and form.head_dim <= 128
+        return Launch(rows, 4, 3, num_parts, 128 if fits else None)
+    fits = rows <= 2 * DECODE_ROWS and itemsize <= 2  # two more tiles in the 99 KiB that the smaller GPUs have
+    return Launch(rows, 4, 5 if fits else 3, num_parts)
 
 
 def launch_prompts(call: Call, launch: Launch) -> None:
@@ -206,12 +221,13 @@ def launch_decodes(call: Call, launch: Launch) -> None:
     grid = call.num_seqs, form.num_kv_heads, launch.num_parts
     _launch(call, launch, grid, is_prompt=False, partials=partials)
     if partials is not None:
-        pages = call.pages
+        pages, overlaps = call.pages, _overlaps(call.q.device)
         fold_kernel[(call.num_seqs, form.num_heads)](
             *(call.out, partials, call.sinks, pages.query_starts, pages.context_lens, call.max_splits),
-            *(call.image_groups, form.head_dim, form.window, UNROLL),
+            *(call.image_groups, form.head_dim, form.window, UNROLL, call.image_pad, overlaps),
             num_warps=1,
             enable_fp_fusion=False,
+            launch_pdl=overlaps,
         )
 
 
@@ -220,18 +236,26 @@ def partial_elems(form: Form, num_seqs: int, max_splits: int) -> int:
     return num_seqs * form.num_heads * max_splits * (form.head_dim + 2)
 
 
+@cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one before it has ended: on GPUs from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _launch(
     call: Call, launch: Launch, grid: tuple[int, int, int], is_prompt: bool, partials: Tensor | None = None
 ) -> None:
-    pages, form = call.pages, call.form
+    pages, form, overlaps = call.pages, call.form, _overlaps(call.q.device)
     attention_kernel[grid](
         *(call.out, call.q, call.k, call.v, call.sinks),
         *(pages.query_starts, pages.context_lens, pages.block_table, partials),
         *(call.num_seqs, pages.block_table.shape[1], call.image_groups),
         form.scale if form.soft_cap else form.scale * LOG2_E.value,
         *(form.soft_cap, form.group, form.head_dim, call.k.shape[1], form.window, launch.rows, is_prompt),
+        *(call.image_pad, overlaps),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.max_registers,
         enable_fp_fusion=False,
+        launch_pdl=overlaps,
     )

@@ -9,6 +9,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SPLIT = tl.constexpr(256)  # keys in a partial
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -38,8 +39,12 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     IS_PROMPT: tl.constexpr,
+    PAD: tl.constexpr,  # columns of the image beyond Hq · D; they become zeros
+    OVERLAPS: tl.constexpr,  # this kernel starts before the one before it has ended
 ):
     """Program (tile or sequence, key/value head, part): ROWS query rows in registers, keys and values stream by."""
+    if OVERLAPS:
+        gdc_launch_dependents()
     QUERIES: tl.constexpr = ROWS // GROUP
     TILE: tl.constexpr = 64 if DIM <= 128 else 32  # keys at a time: part of the order of addition
     kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
@@ -53,10 +58,12 @@ def attention_kernel(
         seq, first = tl.program_id(0), 0
         begin, num_queries = _queries_of(seq, query_starts)
         is_mine = num_queries == 1
+    context_len = tl.load(context_lens + seq, cache_modifier=".cg").to(tl.int32)  # together with the starts
+    if OVERLAPS:  # the integers are there since before the step's first kernel; who leaves must have waited, too
+        gdc_wait()
     if not is_mine:
         return
 
-    context_len = tl.load(context_lens + seq).to(tl.int32)
     rows = tl.arange(0, ROWS)
     query, heads = first + rows // GROUP, kv_head * GROUP + rows % GROUP
     is_row = (rows < QUERIES * GROUP) & (query < num_queries)
@@ -78,14 +85,20 @@ def attention_kernel(
     run_peak, run_total = tl.full((ROWS,), LOWEST, tl.float32), tl.zeros((ROWS,), tl.float32)
     acc, peak = run_acc, run_peak
     sight, cache = (limits, first_limit, last_limit), (k, v, table, context_len, kv_head)
-    if IS_PROMPT:  # two loops: products of many rows run on their own, and must be awaited before a split is folded
+    row, max_splits = seq.to(tl.int64) * num_heads + heads, (table_width * BLOCK + SPLIT - 1) // SPLIT
+    num_rows = num_seqs.to(tl.int64) * num_heads
+    if IS_PROMPT or ROWS > 32:  # two loops: products of many rows run on their own, and are awaited only after a loop
         for split in range(low // SPLIT, tl.cdiv(high, SPLIT)):
             acc, totals, peak = tl.zeros_like(acc), tl.zeros_like(totals), tl.full((ROWS,), LOWEST, tl.float32)
             for start in range(tl.maximum(low, split * SPLIT), tl.minimum(high, (split + 1) * SPLIT), TILE):
                 acc, totals, peak = _step(
                     acc, totals, peak, queries, start, cache, sight, factor, SOFT_CAP, DIM, BLOCK, TILE, WINDOW
                 )
-            run_acc, run_peak, run_total = _fold(run_acc, run_peak, run_total, acc, peak, tl.max(totals, 1))
+            total = tl.max(totals, 1)  # its columns are equal
+            if partials is not None:
+                _store_partial(partials, row, num_rows, split, max_splits, acc, peak, total, is_row, DIM)
+            else:
+                run_acc, run_peak, run_total = _fold(run_acc, run_peak, run_total, acc, peak, total)
     else:  # one loop: the loads of the next split are under way while this one ends
         for start in range(low, high, TILE):
             acc, totals, peak = _step(
@@ -93,14 +106,9 @@ def attention_kernel(
             )
             end = start + tl.full((), TILE, tl.int32)
             if (end % SPLIT == 0) | (end >= high):
-                total = tl.max(totals, 1)  # its columns are equal
+                total, split = tl.max(totals, 1), (end - 1) // SPLIT
                 if partials is not None:
-                    max_splits = (table_width * BLOCK + SPLIT - 1) // SPLIT
-                    part = (seq.to(tl.int64) * num_heads + heads) * max_splits + (end - 1) // SPLIT
-                    stats = partials + num_seqs.to(tl.int64) * num_heads * max_splits * DIM + part * 2
-                    tl.store(partials + (part * DIM)[:, None] + d[None, :], acc, mask=inside)
-                    tl.store(stats, peak, mask=is_row)
-                    tl.store(stats + 1, total, mask=is_row)
+                    _store_partial(partials, row, num_rows, split, max_splits, acc, peak, total, is_row, DIM)
                 else:
                     run_acc, run_peak, run_total = _fold(run_acc, run_peak, run_total, acc, peak, total)
                 acc, totals, peak = tl.zeros_like(acc), tl.zeros_like(totals), tl.full((ROWS,), LOWEST, tl.float32)
@@ -108,6 +116,9 @@ def attention_kernel(
         result = _finish(run_acc, run_peak, run_total, sinks, heads, is_row)
         tokens, columns = (begin + query).to(tl.int64)[:, None], (heads * DIM)[:, None] + d[None, :]
         _store(out, result, tokens, columns, inside, num_heads * DIM, groups)
+        if kv_head + 1 == tl.num_programs(1):
+            is_last = is_row & (heads + 1 == num_heads)
+            _store_zeros(out, tokens, is_last[:, None], num_heads * DIM, groups, PAD)
 
 
 @triton.jit
@@ -130,11 +141,14 @@ def _step(
     k, v, table, context_len, kv_head = cache
     limits, first_limit, last_limit = sight
     d = tl.arange(0, triton.next_power_of_2(DIM))
-    positions = start + tl.arange(0, TILE)
+    places, token_elems = tl.arange(0, TILE), tl.num_programs(1) * DIM
+    positions = start + places
     is_key = positions < context_len
-    blocks = tl.load(table + positions // BLOCK, mask=is_key, other=0)
-    slots = (blocks * BLOCK + positions % BLOCK) * tl.num_programs(1) + kv_head
-    cells, inside = (slots * DIM)[:, None] + d[None, :], is_key[:, None] & (d < DIM)[None, :]
+    # BLOCK and TILE are powers of two and a tile starts at a multiple of TILE, so start and places divide apart
+    blocks = tl.load(table + (start // BLOCK + places // BLOCK), mask=is_key, other=0)
+    offsets = start % BLOCK * token_elems + kv_head * DIM + places % BLOCK * token_elems
+    slots = blocks.to(tl.int32).to(tl.int64) * (token_elems * BLOCK) + offsets  # one wide multiplication a key
+    cells, inside = slots[:, None] + d[None, :], is_key[:, None] & (d < DIM)[None, :]
     keys = tl.load(k + cells, mask=inside, other=0.0)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if SOFT_CAP > 0:
@@ -156,6 +170,16 @@ def _step(
 
 
 @triton.jit
+def _store_partial(partials, row, num_rows, split, max_splits, acc, peak, total, is_row, DIM: tl.constexpr):
+    """The partial of `split` of each row; row [ROWS] counts the heads of all sequences."""
+    d, part = tl.arange(0, triton.next_power_of_2(DIM)), row * max_splits + split
+    stats = partials + num_rows * max_splits * DIM + part * 2
+    tl.store(partials + (part * DIM)[:, None] + d[None, :], acc, mask=is_row[:, None] & (d < DIM)[None, :])
+    tl.store(stats, peak, mask=is_row)
+    tl.store(stats + 1, total, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["max_splits", "groups"])
 def fold_kernel(
     out,
     partials,
@@ -167,13 +191,19 @@ def fold_kernel(
     DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     UNROLL: tl.constexpr,
+    PAD: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Program (sequence, query head): the partials of one row, in index order."""
+    if OVERLAPS:
+        gdc_launch_dependents()
     seq, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     begin, num_queries = _queries_of(seq, query_starts)
+    context_len = tl.load(context_lens + seq, cache_modifier=".cg").to(tl.int32)
+    if OVERLAPS:
+        gdc_wait()
     if num_queries != 1:
         return
-    context_len = tl.load(context_lens + seq).to(tl.int32)
     low, high = 0, tl.cdiv(context_len, SPLIT)
     if WINDOW:
         low = tl.maximum(context_len - WINDOW, 0) // SPLIT
@@ -194,6 +224,8 @@ def fold_kernel(
     result = _finish(acc, peak, total, sinks, heads, heads >= 0)
     token = begin.to(tl.int64) + tl.zeros((1, 1), tl.int64)
     _store(out, result, token, head * DIM + d, d < DIM, num_heads * DIM, groups)
+    if head + 1 == num_heads:
+        _store_zeros(out, token, token >= 0, num_heads * DIM, groups, PAD)
 
 
 @triton.jit
@@ -202,7 +234,7 @@ def _sequence_of(number, query_starts, num_seqs, QUERIES: tl.constexpr):
     low, high = number * 0, number * 0 + num_seqs
     while high - low > 1:
         middle = (low + high) // 2
-        is_before = tl.load(query_starts + middle).to(tl.int32) // QUERIES + middle <= number
+        is_before = tl.load(query_starts + middle, cache_modifier=".cg").to(tl.int32) // QUERIES + middle <= number
         low = tl.where(is_before, middle, low)
         high = tl.where(is_before, high, middle)
     return low
@@ -211,8 +243,8 @@ def _sequence_of(number, query_starts, num_seqs, QUERIES: tl.constexpr):
 @triton.jit
 def _queries_of(seq, query_starts):
     """First row of the sequence, and how many it has."""
-    begin = tl.load(query_starts + seq).to(tl.int32)
-    return begin, tl.load(query_starts + seq + 1).to(tl.int32) - begin
+    begin = tl.load(query_starts + seq, cache_modifier=".cg").to(tl.int32)
+    return begin, tl.load(query_starts + seq + 1, cache_modifier=".cg").to(tl.int32) - begin
 
 
 @triton.jit
@@ -262,3 +294,11 @@ def _store(out, values, tokens, columns, mask, width, groups):
     else:
         places = tokens * width + columns
     tl.store(out + places, values.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_zeros(out, tokens, mask, width, groups, PAD: tl.constexpr):
+    """Zeros into columns width … width + PAD - 1 of tokens [rows, 1] of an image."""
+    if PAD:
+        pad = tl.arange(0, triton.next_power_of_2(PAD))[None, :] + tl.zeros(tokens.shape, tl.int32)
+        _store(out, tl.zeros(pad.shape, tl.float32), tokens, width + pad, mask & (pad < PAD), width, groups)

@@ -6,8 +6,10 @@ Every return code is checked; a bad one becomes CudaError with the driver's own 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +22,7 @@ EARLY_START = 6  # CUlaunchAttributeID: programmatic stream serialization
 
 Argument = Tensor | int | float | ctypes.Structure | None  # a device pointer, int32, float32, struct, null pointer
 Value = ctypes.c_void_p | ctypes.c_int | ctypes.c_float | ctypes.Structure
+NUMBERS = int, float
 
 
 class _Attribute(ctypes.Structure):
@@ -72,8 +75,18 @@ def shared_bytes_per_block(device: int) -> int:
     return value.value
 
 
+class _Thread(threading.local):
+    context: ctypes.c_void_p | None = None  # what this thread was last given here
+
+
+_thread = _Thread()
+
+
 class Kernel:
-    """One function of compiled code, loaded on a device. `shared_bytes` of shared memory for each block."""
+    """One function of compiled code, loaded on a device. `shared_bytes` of shared memory for each block.
+
+    What a launch hands over is kept and written anew each time: only one thread, the engine's, may launch at a time.
+    """
 
     def __init__(self, code: bytes, name: str, shared_bytes: int, device: int) -> None:
         self.name, self.shared_bytes, self.device = name, shared_bytes, device
@@ -87,29 +100,50 @@ class Kernel:
         if shared_bytes > SHARED_WITHOUT_ASKING_BYTES:
             code_ = lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared_bytes)
             check(code_, f"{shared_bytes} bytes of shared memory for {name}")
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What stays the same from launch to launch."""
+        self._early = _Attribute(id=EARLY_START)
+        self._early.value[0] = 1
+        self._launch = _Launch(shared_bytes=self.shared_bytes, attributes=ctypes.addressof(self._early))
+        self._launch.block[:], self._launch.num_attributes = (1, 1, 1), 1
+        self._grid, self._block = self._launch.grid, self._launch.block  # the same memory
+        self._launch_at, self._cu_launch = ctypes.byref(self._launch), _driver().cuLaunchKernelEx
+        self._values: list[Any] = []
+        self._pointers = (ctypes.c_void_p * 0)()
 
     def __call__(self, grid: tuple[int, int, int], threads: int, args: Sequence[Argument], stream: int) -> None:
         """Launch; `stream` is a raw CUstream. The kernel may start before the one ahead of it has ended."""
-        self._enter()
-        values = [value_of(arg) for arg in args]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        early = _Attribute(id=EARLY_START)
-        early.value[0] = 1
-        launch = _Launch(shared_bytes=self.shared_bytes, stream=stream, attributes=ctypes.addressof(early))
-        launch.grid[:], launch.block[:], launch.num_attributes = grid, (threads, 1, 1), 1
-        code = _driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None)
+        if _thread.context is not self._context:
+            self._enter()
+        self._place(args)
+        self._grid[:] = grid
+        self._block[0], self._launch.stream = threads, stream
+        code = self._cu_launch(self._launch_at, self._function, self._pointers, None)
         if code:
             check(
                 code,
                 f"launching {self.name} on a grid of {grid}, {threads} threads, {self.shared_bytes} bytes shared",
             )
 
+    def _place(self, args: Sequence[Argument]) -> None:
+        """Write the arguments to where the driver reads them; each is of the kind it was at the first launch."""
+        if len(args) != len(self._values):
+            self._values = [value_of(arg) for arg in args]
+            self._pointers = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, self._values))
+        for i, arg in enumerate(args):
+            if arg is None or isinstance(arg, NUMBERS):
+                self._values[i].value = arg
+            elif isinstance(arg, Tensor):
+                self._values[i].value = arg.data_ptr()
+            else:
+                self._pointers[i] = ctypes.addressof(arg)
+
     def _enter(self) -> None:
-        """Make the device's context this thread's, unless it is: a thread that never called CUDA has none."""
-        current = ctypes.c_void_p()
-        check(_driver().cuCtxGetCurrent(ctypes.byref(current)), "asking for the context")
-        if current.value != self._context.value:
-            check(_driver().cuCtxSetCurrent(self._context), "setting the context")
+        """Make the device's context this thread's, for good: one that never called CUDA has none."""
+        check(_driver().cuCtxSetCurrent(self._context), "setting the context")
+        _thread.context = self._context
 
 
 def value_of(arg: Argument) -> Value:

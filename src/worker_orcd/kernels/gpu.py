@@ -23,6 +23,7 @@ class Card:
 
     has_wgmma: bool
     shared_bytes: int  # of one block
+    has_clusters: bool = False  # blocks that run together and read each other's shared memory
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Gpu:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(self.device)
-        self.card = Card(properties.major == 9, shared_bytes_per_block(index))
+        self.card = Card(properties.major == 9, shared_bytes_per_block(index), properties.major >= 9)
         self.num_sms: int = properties.multi_processor_count
         self._arch = architecture((properties.major, properties.minor))
         self._code: dict[Source, Future[bytes]] = {}
@@ -65,19 +66,21 @@ class Gpu:
         if kernel is None:
             code = self.compile_ahead(source).result()
             kernel = self._kernels[key] = Kernel(code, name, work.shared_bytes, self.device.index)
-        kernel(work.grid, work.threads, args, torch.cuda.current_stream(self.device).cuda_stream)
+        # torch.cuda.current_stream makes an object around this number, which takes longer than the launch
+        kernel(work.grid, work.threads, args, torch._C._cuda_getCurrentRawStream(self.device.index))
 
     def require(self, *tensors: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Raises ValueError unless all are contiguous, of `dtype`, aligned and on this GPU: kernels trust pointers.
 
         Integers of 64 bits are read one by one and may begin anywhere.
         """
+        alignment = 1 if dtype is torch.int64 else ALIGNMENT_BYTES
         for tensor in tensors:
-            if tensor.dtype != dtype or not tensor.is_contiguous():
+            if tensor.dtype is not dtype or not tensor.is_contiguous():
                 raise ValueError(f"{dtype} and contiguous is needed, not {tensor.dtype} {tensor.stride()}")
             if tensor.device != self.device:
                 raise ValueError(f"a tensor lies on {tensor.device}, not on {self.device}")
-            if dtype != torch.int64 and (offset := tensor.data_ptr() % ALIGNMENT_BYTES):
+            if offset := tensor.data_ptr() % alignment:
                 raise ValueError(
                     f"{dtype} {tuple(tensor.shape)} begins {offset} bytes past a multiple of {ALIGNMENT_BYTES} bytes"
                 )

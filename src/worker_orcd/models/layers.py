@@ -94,11 +94,11 @@ class LayerTensors:
         self.matrices, self.vectors = weights.matrices, weights.vectors
         self.prefix = f"blk.{index}."
 
-    def projection(self, *names: str) -> Projection:
-        """Those of `names` that the file has, side by side."""
+    def projection(self, *names: str, count: int = 1) -> Projection:
+        """Those of `names` that the file has, side by side; each is `count` matrices, one under the other."""
         present = [self.prefix + name for name in names if f"{self.prefix}{name}.weight" in self.matrices]
         parts = tuple((self.matrices.pop(f"{name}.weight"), self.vectors.get(f"{name}.bias")) for name in present)
-        return _joined(parts, self.backend)
+        return _joined(parts, self.backend, count)
 
     def norm(self, name: str) -> Norm | None:
         return norm_of(self.spec, self.vectors, self.prefix + name)
@@ -112,17 +112,17 @@ def norm_of(spec: ModelSpec, vectors: dict[str, Tensor], name: str) -> Norm | No
     return None if weight is None else Norm(weight, spec.norm_eps, vectors.get(f"{name}.bias"))
 
 
-def _joined(parts: Projection, backend: Backend) -> Projection:
+def _joined(parts: Projection, backend: Backend, count: int) -> Projection:
     """One matrix for neighbours that the backend can take as one; files often store v otherwise than q and k."""
     found: list[tuple[PackedWeight, Tensor | None]] = []
     for _, run in groupby(parts, key=lambda part: (part[0].type, part[0].shape[1], part[1] is None)):
         neighbours = tuple(run)
-        whole = backend.join([weight for weight, _ in neighbours]) if len(neighbours) > 1 else None
+        whole = backend.join([weight for weight, _ in neighbours], count) if len(neighbours) > 1 else None
         if whole is None:
             found += neighbours
         else:
-            biases = [bias for _, bias in neighbours if bias is not None]
-            found.append((whole, torch.cat(biases) if biases else None))
+            biases = [bias.view(count, -1) for _, bias in neighbours if bias is not None]
+            found.append((whole, torch.cat(biases, 1).flatten() if biases else None))
     return tuple(found)
 
 

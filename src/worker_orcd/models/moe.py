@@ -18,7 +18,6 @@ class ExpertMlp:
 
 
 def expert_mlp(tensors: LayerTensors) -> Mlp:
-    """Gate and up are not joined: the rows of one expert must stay together."""
     spec = tensors.spec.experts
     assert spec is not None
     shared = None
@@ -33,7 +32,7 @@ def expert_mlp(tensors: LayerTensors) -> Mlp:
         num_used=spec.num_used,
         is_normalized=spec.is_normalized,
         router=tensors.projection("ffn_gate_inp"),
-        gate_up=tensors.projection("ffn_gate_exps") + tensors.projection("ffn_up_exps"),
+        gate_up=tensors.projection("ffn_gate_exps", "ffn_up_exps", count=spec.num_experts),
         down=tensors.projection("ffn_down_exps"),
         activation=tensors.spec.family.activation,
         shared=shared,

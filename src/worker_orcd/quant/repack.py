@@ -14,7 +14,6 @@ from torch import Tensor
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.quant.bits import halves
-from worker_orcd.quant.format import format_of
 from worker_orcd.quant.repack_bits import bit_sources
 from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, tile_bytes, tile_grid
 
@@ -66,21 +65,6 @@ def unpack(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
         piece = out[start * TILE_ROWS : (start + step) * TILE_ROWS]
         piece.copy_(rows[: len(piece), : piece.shape[1]])
     return out.flatten()
-
-
-@lru_cache(maxsize=64)
-def row_places(type: GgmlType, device: torch.device) -> Tensor:
-    """Where the bits of each row of a tile lie in it, in the order they are stored: i32 [16, bits of a row]."""
-    return _tables(type, device)[1].view(TILE_ROWS, -1).int()
-
-
-def dequantize_rows(stored: Tensor, type: GgmlType, k: int) -> Tensor:
-    """Rows taken out of tiles by `row_places`, u8 [T, depth, bytes] → f32 [T, k], the format's own values."""
-    blocks = stored.view(-1, type.block_bytes)
-    if type is GgmlType.Q8_0:
-        blocks[:, 2:] ^= 0x80
-    width = TILE_K[type] * stored.shape[1]
-    return format_of(type).dequantize(blocks).view(len(stored), width)[:, :k].contiguous()
 
 
 @lru_cache(maxsize=64)

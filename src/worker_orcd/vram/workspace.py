@@ -17,13 +17,12 @@ SPLIT, QUERY_TILE, ROW_TILE, PIECE_ELEMS = 256, 8, 4, 2**20  # of backends/torch
 SAMPLE_TILE = 8  # ROW_TILE of engine/sampler.py
 SCORE_ROWS = 64  # of engine/scheduler.py
 SAMPLE_COPIES = 12  # of a tile of scores in 64 bits: scores, weights, order, running sums, and the sort's own
-EMBED_COPIES = 6  # of embedded tokens in 32 bits while they are dequantized
 WARPS, MOST_WARPS, LONGEST_SLICE = 16 * 132, 28 * 132, 4096  # of kernels/linear/plan.py: what bounds its slices
 ENOUGH_BLOCKS, BLOCK_ROWS, BLOCK_TOKENS = 66, 128, 128  # likewise: with so many blocks there are no partial sums
 ATTENTION_PROGRAMS, HEAD_STEP, WIDEST_HEAD = 512, 16, 256  # of kernels/attention.py and backends/cuda.py
-EXPERT_UNIT = 32  # rows of an expert multiplied at a time, at most: kernels/ops/experts.py
+EXPERT_UNITS = {False: (8, 16, 32), True: (8, 16, 32, 64, 128)}  # of kernels/ops/experts.py, without and with wgmma
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # ROWS of engine/graphs.py
-GRAPH_TOKENS, GRAPH_GROWTH = 1024, 4  # WIDTH_TOKENS and WIDTH_GROWTH of engine/graphs.py
+GRAPH_TOKENS, GRAPH_GROWTH = 256, 4  # WIDTH_TOKENS and WIDTH_GROWTH of engine/graphs.py
 GRAPH_BYTES = 4 * 2**20  # what the driver keeps of one graph; an estimate
 
 Matrices = Mapping[str, tuple[GgmlType, tuple[int, int]]]  # by GGUF name, [N, K]
@@ -83,14 +82,17 @@ def cuda_workspace(dims: Dims, matrices: Matrices) -> int:
 
 
 def graph_bytes(dims: Dims, matrices: Matrices) -> int:
-    """CUDA graphs: one step's memory, which all share, and the logits and the record of each."""
+    """CUDA graphs: one step's memory and the logits of each number of rows, which all share, and the record of each.
+
+    Logits could be those of the most rows alone, were they recorded first.
+    """
     buckets = [rows for rows in GRAPH_ROWS if rows < dims.max_batch]
     buckets += [rows for rows in GRAPH_ROWS if rows >= dims.max_batch][:1]
     num_widths, tokens = 1, GRAPH_TOKENS
     while tokens < dims.context_length:
         num_widths, tokens = num_widths + 1, tokens * GRAPH_GROWTH
     logits = F32 * dims.vocab_size * sum(buckets)
-    return forward_bytes(dims, matrices, buckets[-1], 0) + num_widths * (logits + len(buckets) * GRAPH_BYTES)
+    return forward_bytes(dims, matrices, buckets[-1], 0) + logits + num_widths * len(buckets) * GRAPH_BYTES
 
 
 def forward_bytes(dims: Dims, matrices: Matrices, rows: int, head_rows: int) -> int:
@@ -104,8 +106,7 @@ def forward_bytes(dims: Dims, matrices: Matrices, rows: int, head_rows: int) -> 
     kept = max(_product(rows, layer, "attn_output") + _mlp_sums(dims, rows, layer) for layer in layers)
     half = max(max(_attention(dims, rows, layer), _mlp(dims, rows, layer)) for layer in layers)
     head = product_bytes(head_rows, *matrices.get("output.weight", matrices["token_embd.weight"]))
-    embedding = EMBED_COPIES * F32 * rows * dims.hidden
-    return stream + max(kept + half, kept + head, embedding)
+    return stream + max(kept + half, kept + head)
 
 
 def _by_layer(matrices: Matrices) -> list[Matrices]:
@@ -141,17 +142,29 @@ def _mlp(dims: Dims, rows: int, layer: Matrices) -> int:
 
 
 def _experts(dims: Dims, rows: int, layer: Matrices) -> int:
-    """Every row once for each of its experts, each expert's padded to whole units; slices leave partial sums."""
+    """Every row once for each of its experts, each expert's padded to whole units.
+
+    Small units leave partial sums of each slice, large ones (for wgmma) do not.
+    """
     num_experts, hidden = layer["ffn_gate_inp"][1]
-    places = rows * dims.num_experts_used + num_experts * EXPERT_UNIT
+    pairs = rows * dims.num_experts_used
+    small, places = (pairs + num_experts * expert_unit(pairs, num_experts, wgmma) for wgmma in (False, True))
     ffn = layer["ffn_down_exps"][1][1]
     total = image_bytes(places, hidden) + image_bytes(places, ffn) + 3 * F32 * rows * hidden
     for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
         kind, (n, k) = layer[name]
         own = n // num_experts
-        total += F32 * most_slices(kind, (own * dims.num_experts_used, k)) * places * own
+        strips, depth = tile_grid(kind, (own * dims.num_experts_used, k))
+        slices = min(depth, max(-(-WARPS // strips), -(-depth * TILE_K[kind] // LONGEST_SLICE)))
+        total += F32 * max(slices * small, places) * own
     shared = _product(rows, layer, "ffn_gate_shexp", "ffn_up_shexp") + 2 * _product(rows, layer, "ffn_down_shexp")
     return total + shared
+
+
+def expert_unit(pairs: int, num_experts: int, has_wgmma: bool) -> int:
+    """Rows of an expert that are multiplied at a time."""
+    sizes = EXPERT_UNITS[has_wgmma]
+    return next((unit for unit in sizes if 2 * pairs <= unit * num_experts), sizes[-1])
 
 
 def _product(rows: int, layer: Matrices, *names: str) -> int:

@@ -1,6 +1,7 @@
 // CUDA C++ on an ordinary x86-64 processor, as far as our kernels use it: a block's threads are coroutines that
-// change places at barriers and warp-wide operations. Blocks run one after the other. Slow, exact, free of races by
-// design; running threads in another order (`order`) shows a missing barrier. Stands in for ptx.cuh and async.cuh.
+// change places at barriers and warp-wide operations. Blocks run one after the other, those of a cluster together
+// (their shared memory has to be dynamic, all of it). Slow, exact, free of races by design; running threads in another
+// order (`order`) shows a missing barrier. Stands in for ptx.cuh and async.cuh.
 #pragma once
 #include <math.h>  // C headers only: the C++ ones take longer to compile than our kernels
 #include <stdint.h>
@@ -20,6 +21,8 @@ typedef unsigned long long u64;
 #define __restrict__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __noinline__
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -35,18 +38,37 @@ struct Warp {
   u64 generation = 0;
   int arrived = 0;
 };
+struct Barrier {  // threads that have left do not take part
+  u64 generation;
+  int arrived, alive;
+  u64 arrive() {
+    const u64 mine = generation;
+    if (++arrived == alive) arrived = 0, generation++;
+    return mine;
+  }
+  void leave() {
+    if (--alive && arrived == alive) arrived = 0, generation++;
+  }
+};
+struct Block {
+  Index index;
+  Barrier barrier;
+  Warp* warps;
+  char* shared;
+};
 struct Thread {
   void* stack_pointer;
   Index index;
+  Block* block;
+  u64 cluster_arrival;
   bool is_done;
 };
 
-static Index grid_, block_, threads_;
+static Index grid_, threads_;
 static Thread* all;
-static Warp* warps;
-static char *stacks, *dynamic_shared, *shared_base;
-static u64 barrier_generation;
-static int barrier_arrived, num_alive;
+static Block* blocks;  // of the cluster that runs
+static Barrier cluster_barrier;
+static char *stacks, *shared_base;  // of the block that runs
 static Thread* self;
 static void* scheduler;
 static void (*body)(void**);
@@ -70,13 +92,11 @@ static void entry() {
   yield();
   abort();
 }
-static void block_barrier() {  // threads that have left do not take part
-  const u64 mine = barrier_generation;
-  if (++barrier_arrived == num_alive) barrier_arrived = 0, barrier_generation++;
-  while (barrier_generation == mine) yield();
+static void wait(const Barrier& barrier, u64 arrival) {
+  while (barrier.generation == arrival) yield();
 }
 static int lane() { return self->index.x & 31; }
-static Warp& warp() { return warps[self->index.x >> 5]; }
+static Warp& warp() { return self->block->warps[self->index.x >> 5]; }
 template <class T>
 static u32 (*exchange(const T* mine, int count))[8] {  // what each lane of the warp brought: slots[lane][i]
   Warp& w = warp();
@@ -87,16 +107,15 @@ static u32 (*exchange(const T* mine, int count))[8] {  // what each lane of the 
   return w.slots[generation & 1];
 }
 constexpr size_t STACK = 64 * 1024;
-static void run_block(int order) {
-  const int n = threads_.x;
-  for (int i = 0; i < (n + 31) / 32; i++) warps[i] = Warp();
-  barrier_generation = barrier_arrived = 0, num_alive = n;
+static void run_cluster(int cluster, int order) {
+  const int per_block = threads_.x, n = cluster * per_block;
+  cluster_barrier = {0, 0, n};
   for (int i = 0; i < n; i++) {
     void** top = (void**)(((uintptr_t)(stacks + (i + 1) * STACK) & ~(uintptr_t)63) - 8);
     *top-- = nullptr;
     *top = (void*)entry;
     for (int r = 0; r < 6; r++) *--top = nullptr;
-    all[i] = {top, {i, 0, 0}, false};
+    all[i] = {top, {i % per_block, 0, 0}, &blocks[i / per_block], 0, false};
   }
   long idle = 0;
   for (int left = n; left;) {
@@ -104,11 +123,9 @@ static void run_block(int order) {
     for (int i = 0; i < n; i++) {
       self = &all[order == 0 ? i : order == 1 ? n - 1 - i : (i * 7 + 3) % n];  // 7 divides no number in use
       if (self->is_done) continue;
+      shared_base = self->block->shared;
       emu_switch(&scheduler, self->stack_pointer);
-      if (self->is_done) {
-        left--, num_alive--;
-        if (num_alive && barrier_arrived == num_alive) barrier_arrived = 0, barrier_generation++;
-      }
+      if (self->is_done) left--, self->block->barrier.leave(), cluster_barrier.leave();
     }
     idle = left == before ? idle + 1 : 0;
     if (idle > 1000000) fprintf(stderr, "emulated block hangs\n"), abort();
@@ -128,13 +145,22 @@ Kernel<A...> of(void (*)(A...));
 static void run(void (*kernel)(void**), void** args, const int* shape, int order) {
   body = kernel, arguments = args;
   grid_ = {shape[0], shape[1], shape[2]}, threads_ = {shape[3], 1, 1};
-  all = (Thread*)malloc(shape[3] * sizeof(Thread)), warps = (Warp*)malloc((shape[3] / 32 + 1) * sizeof(Warp));
-  stacks = (char*)malloc(shape[3] * STACK + 64), dynamic_shared = (char*)malloc(shape[4] + 2048);
-  shared_base = (char*)(((uintptr_t)dynamic_shared + 1023) & ~(uintptr_t)1023);
-  for (block_.z = 0; block_.z < grid_.z; block_.z++)
-    for (block_.y = 0; block_.y < grid_.y; block_.y++)
-      for (block_.x = 0; block_.x < grid_.x; block_.x++) run_block(order);
-  free(all), free(warps), free(stacks), free(dynamic_shared);
+  const int cluster = shape[5], num_warps = shape[3] / 32;
+  const size_t shared_bytes = (shape[4] + 1023) / 1024 * 1024;
+  all = (Thread*)malloc(cluster * shape[3] * sizeof(Thread)), blocks = (Block*)malloc(cluster * sizeof(Block));
+  Warp* warps = (Warp*)malloc(cluster * num_warps * sizeof(Warp));
+  stacks = (char*)malloc(cluster * shape[3] * STACK + 64);
+  char* dynamic_shared = (char*)malloc(cluster * shared_bytes + 2048);
+  char* aligned = (char*)(((uintptr_t)dynamic_shared + 1023) & ~(uintptr_t)1023);
+  for (int z = 0; z < grid_.z; z++)
+    for (int y = 0; y < grid_.y; y++)
+      for (int x = 0; x < grid_.x; x += cluster) {
+        for (int i = 0; i < cluster * num_warps; i++) warps[i] = Warp();
+        for (int c = 0; c < cluster; c++)
+          blocks[c] = {{x + c, y, z}, {0, 0, shape[3]}, warps + c * num_warps, aligned + c * shared_bytes};
+        run_cluster(cluster, order);
+      }
+  free(all), free(blocks), free(warps), free(stacks), free(dynamic_shared);
 }
 static float of_bf16(u32 bits) {
   const u32 wide = bits << 16;
@@ -159,10 +185,16 @@ static u32 to_bf16(double v) {  // to the nearest, ties to even, also below the 
 }  // namespace emu
 
 #define threadIdx (emu::self->index)
-#define blockIdx (emu::block_)
+#define blockIdx (emu::self->block->index)
 #define blockDim (emu::threads_)
 #define gridDim (emu::grid_)
-static inline void __syncthreads() { emu::block_barrier(); }
+static inline void __syncthreads() { emu::wait(emu::self->block->barrier, emu::self->block->barrier.arrive()); }
+#define CLUSTERS 1
+static inline void cluster_arrive() { emu::self->cluster_arrival = emu::cluster_barrier.arrive(); }
+static inline void cluster_wait() { emu::wait(emu::cluster_barrier, emu::self->cluster_arrival); }
+static inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
+template <class T>
+static T* of_block(T* own, int rank) { return (T*)((char*)own - emu::shared_base + emu::blocks[rank].shared); }
 static inline void __syncwarp() { u32 none = 0; emu::exchange(&none, 1); }
 template <class T>
 static T __shfl_sync(u32, T v, int from) {
@@ -191,11 +223,14 @@ static inline u32 __match_any_sync(u32, int v) {
   return out;
 }
 static inline int __ffs(u32 v) { return __builtin_ffs(v); }
+static inline int __clz(u32 v) { return v ? __builtin_clz(v) : 32; }
+static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int __popc(u32 v) { return __builtin_popcount(v); }
 template <class T>
 static T atomicAdd(T* at, T v) { const T before = *at; *at += v; return before; }
 static inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 static inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
+static inline long long __double_as_longlong(double d) { long long v; memcpy(&v, &d, 8); return v; }
 static inline float __int_as_float(int v) { return __uint_as_float(v); }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
@@ -256,3 +291,5 @@ static inline void start_next_kernel() {}
 static inline void await_previous_kernel() {}
 static inline void copy16(u32 shared, const void* from) { memcpy(emu::shared_base + shared, from, 16); }
 static inline void copies_done() {}
+static inline int fresh(const int* p) { return *p; }
+static inline long long fresh(const long long* p) { return *p; }

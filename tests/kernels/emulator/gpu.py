@@ -25,6 +25,7 @@ from worker_orcd.kernels.source import Source
 HEADER = Path(__file__).parent / "cuda.h"
 STAND_INS = {"ptx.cuh": '#include "cuda.h"\n', "async.cuh": '#include "cuda.h"\n'}
 FLAGS = ("-std=c++17", "-O1", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+FLAGS += ("-fno-gnu-unique", "-fvisibility-inlines-hidden")  # two variants' shared memory of one name is not the same
 COMPILER = shutil.which("g++")
 
 
@@ -33,7 +34,7 @@ class EmulatedGpu(Gpu):
 
     def __init__(self, num_sms: int = 3, shared_bytes: int = 99 * 1024, order: int = 0) -> None:
         self.device = torch.device("cpu")
-        self.card = Card(has_wgmma=False, shared_bytes=shared_bytes)
+        self.card = Card(has_wgmma=False, shared_bytes=shared_bytes, has_clusters=True)
         self.num_sms, self.order = num_sms, order
 
     def compile_ahead(self, source: Source) -> None:  # type: ignore[override]
@@ -46,12 +47,19 @@ class EmulatedGpu(Gpu):
         assert work.shared_bytes <= self.card.shared_bytes
         values = [value_of(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        shape = (ctypes.c_int * 5)(*work.grid, work.threads, work.shared_bytes)
+        shape = (ctypes.c_int * 6)(*work.grid, work.threads, work.shared_bytes, cluster_of(source, name))
         compiled(source, name)(pointers, shape, self.order)
 
     def require(self, *tensors: Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().require(*tensors, dtype=dtype)
         assert all(t.data_ptr() % 16 == 0 for t in tensors if t.storage_offset() == 0), "as the device allocates"
+
+
+def cluster_of(source: Source, name: str) -> int:
+    """Blocks of a cluster of kernel `name`, as its text or an option says."""
+    options = dict(option[2:].split("=") for option in source.options)
+    found = re.search(rf"__cluster_dims__\((\d+), 1, 1\)[^\n]* {name}\(", source.text)
+    return int(options.get("CLUSTER", found[1] if found else 1))
 
 
 @lru_cache(maxsize=256)

@@ -33,3 +33,35 @@ DEVICE void copy16(u32 shared, const void* from) {
 }
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
+
+// Integers that were written before the kernel ahead began: they need not wait for it, but an L1 cache may hold what lay
+// there before them.
+DEVICE int fresh(const int* p) {
+  int v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+DEVICE long long fresh(const long long* p) {
+  long long v;
+  asm volatile("ld.relaxed.gpu.global.s64 %0,[%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// ---- clusters: blocks that run together. `arrive` and `wait` are the two halves of their barrier
+#define CLUSTERS HOPPER
+#if CLUSTERS
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+template <class T>
+DEVICE T* of_block(T* own, int rank) {  // where another block of the cluster has what is here in `own`
+  T* out;
+  asm("mapa.u64 %0,%1,%2;" : "=l"(out) : "l"(own), "r"(rank));
+  return out;
+}
+#else
+DEVICE void cluster_arrive() {}
+DEVICE void cluster_wait() { __syncthreads(); }
+template <class T>
+DEVICE T* of_block(T* own, int) { return own; }
+#endif
+DEVICE void cluster_sync() { cluster_arrive(), cluster_wait(); }

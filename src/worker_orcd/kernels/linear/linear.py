@@ -24,7 +24,8 @@ from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 MAX_SLICES = 65_535  # a grid's second axis
 ROWS_WITH_PARTIALS = 128  # rows for which slices write partial sums; more are taken in turns
-REGISTERS = {1: (216, 40), 2: (232, 40), 3: (152, 32), 4: (112, 24)}  # consumers', producer's; by warpgroups
+REGISTERS = {(1, 1): (216, 40), (2, 1): (232, 40), (3, 1): (152, 32), (4, 1): (112, 24), (2, 2): (104, 24)}
+# consumers', producer's; by warpgroups and blocks on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Linear:
 def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[Source, str]:
     """The source of a variant for a format, and the name of its function."""
     if isinstance(variant, ManyTokens):
-        consumer, producer = REGISTERS[variant.warpgroups]
+        consumer, producer = REGISTERS[variant.warpgroups, variant.ctas]
         options = defined(
             FORMAT=type.name,
             TOKENS=variant.tokens,
@@ -141,6 +142,9 @@ def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[
             DEPTH=variant.depth,
             STAGES=variant.stages,
             SEQUENTIAL=int(variant.sequential),
+            SHARED_SUMS=int(variant.has_shared_sums),
+            CTAS=variant.ctas,
+            GROUPED=int(grouped),
             CONSUMER_REGISTERS=consumer,
             PRODUCER_REGISTERS=producer,
         )

@@ -20,6 +20,7 @@ MOST_WARPS_PER_SM = 28  # with 72
 MAX_DIMENSION = 2**31 - 256  # rounded up to whole tiles it is still an int
 LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
 FEW_TOKENS = 16  # up to here mma.sync is at least as fast as wgmma
+SHORT_K = 8192  # inputs
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 224 * 1024  # bytes, of which blocks of a wide matrix take a part each
 SAMPLE_TOKENS = (1, 16, *(2**i for i in range(5, 16)))  # numbers of tokens that meet every variant of a plan
@@ -45,10 +46,16 @@ class ManyTokens:
     depth: int
     stages: int  # buffers for x
     sequential: bool  # slices one after the other in a block; else side by side, with partial sums
+    ctas: int = 1  # blocks on a multiprocessor
 
     @property
     def groups(self) -> int:
         return self.tokens // 8
+
+    @property
+    def has_shared_sums(self) -> bool:
+        """Whether registers cannot hold the sums of slices beside those of the slice at work."""
+        return self.sequential and (self.tokens > 128 or self.ctas > 1)
 
 
 Variant = FewTokens | ManyTokens
@@ -70,7 +77,7 @@ class LinearPlan:
     def shared_bytes(self, variant: Variant) -> int:
         """Shared memory of a block."""
         if isinstance(variant, ManyTokens):
-            sums = 256 * variant.tokens * variant.warpgroups if variant.sequential and variant.tokens > 128 else 0
+            sums = 256 * variant.tokens * variant.warpgroups if variant.has_shared_sums else 0
             return 3072 + 128 * variant.tokens * variant.stages + sums
         return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024
 
@@ -120,7 +127,7 @@ class LinearPlan:
         if words >= 64:
             tokens = min(tokens, 64)
         if tokens == 256 and self.slices > 1 and not self._is_sequential(num_tokens, 256):
-            tokens = 128
+            tokens = self._narrow(num_tokens)
         sequential = self._is_sequential(num_tokens, tokens)
         is_side_by_side = self.slices > 1 and not sequential
         if tokens == 32 and words < 32 and (is_side_by_side or self._blocks(num_tokens, 32) >= MULTIPROCESSORS):
@@ -128,6 +135,13 @@ class LinearPlan:
         depth = 1 if words >= 32 else 3 if words <= 18 and tokens <= 64 else 2
         stages = 3 if tokens == 256 and sequential else {32: 12, 64: 8}.get(tokens, 6)
         return ManyTokens(tokens, 2, depth, stages, sequential)
+
+    def _narrow(self, num_tokens: int) -> int:
+        """Tokens of a block for a matrix of few rows: short slices are better taken in turn, by fewer tokens."""
+        if self._is_sequential(num_tokens, 128):
+            return 128
+        is_short = self.shape[1] <= SHORT_K and self._is_sequential(num_tokens, 64)
+        return 64 if is_short else 256 if num_tokens <= 256 and self.longest_slice_tiles > 2 else 128
 
     def _blocks(self, num_tokens: int, tokens: int) -> int:
         return -(-self.shape[0] // 128) * -(-num_tokens // tokens)
@@ -156,3 +170,10 @@ def choose_slices(n: int, k: int, type: GgmlType) -> int:
     wanted = min(depth, max(wanted, fewest))
     even = [s for s in range(max(fewest, -(-wanted // 2)), wanted + 1) if depth % s == 0]
     return even[-1] if even else wanted
+
+
+def choose_expert_slices(n: int, k: int, type: GgmlType, num_used: int) -> int:
+    """For the matrices [n, k] of experts, `num_used` of which a row takes: one row alone should fill the card."""
+    strips, depth = tile_grid(type, (n * num_used, k))
+    fewest = -(-depth * TILE_K[type] // LONGEST_SLICE)
+    return min(depth, max(fewest, -(-WARPS_PER_SM * MULTIPROCESSORS // strips)))

@@ -4,7 +4,8 @@
 // pieces of TOKENS x 64 through STAGES buffers. Weights go from device memory straight to registers, DEPTH tiles ahead.
 // grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
-// For more than 128 tokens the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
+// With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
+// With GROUPED as in qmm.cu, an owner for each TOKENS rows of x.
 #include "async.cuh"
 #include "weight.cuh"
 #include "wgmma.cuh"
@@ -14,14 +15,23 @@ DEVICE u64 descriptor(u32 shared) {  // 128-byte swizzle, groups of 8 tokens 102
 }
 
 // w, x: as in qmm.cu; y: [slices][T][N], or [T][N] with SEQUENTIAL
-extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, 1)
+extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, CTAS)
 qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8,
-      int S) {
+      int S
+#if GROUPED
+      , const int* __restrict__ owners
+#endif
+) {
   extern __shared__ __align__(1024) char shared[];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), z = blockIdx.z;
   const int slice = blockIdx.y, k0 = nk * slice / gridDim.y, nt = nk * (slice + 1) / gridDim.y - k0;
   const u32 full = shared_address(shared), empty = full + 8 * STAGES, xs = (full + 1024 + 1023) & ~1023u;
   const int PIECE_BYTES = TOKENS * 128;
+#if GROUPED
+  const int owner = fresh(owners + z);
+  if (owner < 0) return;
+  w += (u64)owner * ((N + 15) / 16) * nk * Weight::TILE_BYTES;
+#endif
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full + i * 8, 1);
@@ -58,7 +68,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.f;
 #if SEQUENTIAL
-#if TOKENS > 128
+#if SHARED_SUMS
     float* sums = (float*)(shared + (xs - full) + STAGES * PIECE_BYTES) + threadIdx.x;
 #define SUM(i) sums[(i) * WARPGROUPS * 128]
 #else

@@ -50,11 +50,9 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 
   const u64 strip_bytes = (u64)nk * Weight::TILE_BYTES;
 #if GROUPED
-  start_next_kernel();
-  await_previous_kernel();
-  const int owner = owners[z / share];
+  const int owner = fresh(owners + z / share);  // known before the kernel ahead began: see `spread` in ops/rows.cu
   if (owner < 0) return;
-  w += owner * strips * strip_bytes;
+  w += (u64)owner * strips * strip_bytes;
 #endif
   const char* src = w + strip * strip_bytes + (u64)k0 * Weight::TILE_BYTES;
   int fetched = 0;
@@ -67,9 +65,7 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 #pragma unroll
   for (int i = 0; i < DEPTH; i++)
     if (i < total) fetch(r[i]);
-#if !GROUPED
   start_next_kernel();
-#endif
 #if EARLY
   u32 first_even[CHUNKS * 4][4], first_odd[CHUNKS * 4][4];
   if (total) {
@@ -90,9 +86,7 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
   }
   __syncthreads();
 #endif
-#if !GROUPED
   await_previous_kernel();
-#endif
   load_x(xs, x + ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES, pieces, T8, barrier);
 
   float acc[GROUPS][4];

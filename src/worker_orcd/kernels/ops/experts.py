@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,23 @@ from torch import Tensor
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
-from worker_orcd.kernels.linear.plan import FewTokens
-from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Ops, Part
-from worker_orcd.kernels.source import Source, defined
+from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant
+from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Ops, Part, rows_source
+from worker_orcd.kernels.source import Source
+from worker_orcd.quant.tiles import tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
-ARRANGE_THREADS = 1024
+ARRANGERS = 1024  # threads, of rows.cu
+MANY_ROWS = 32  # units from here on are for wgmma
+WARPS = 2112  # an H200 holds with 128 registers a thread
+WAVES = 2.4  # of them: fewer leave multiprocessors idle at the end, more begin too often; measured
+
+
+class Grouped(NamedTuple):
+    """How units are multiplied; nothing in it changes a bit of the result."""
+
+    variant: Variant
+    blocks: int  # that share the strips of an expert
 
 
 @dataclass(frozen=True)
@@ -39,32 +51,47 @@ class Routing:
     def num_places(self) -> int:
         return len(self.experts)
 
+    @property
+    def share(self) -> float:
+        """Of the experts, that a row takes."""
+        return self.weights.shape[1] / self.num_experts
+
 
 class ExpertOps:
     def __init__(self, gpu: Gpu, ops: Ops) -> None:
         self._gpu, self._ops = gpu, ops
 
-    def route(self, scores: Sequence[Part], num_experts: int, num_used: int, over_chosen: bool) -> Routing:
-        """Sums [T, E] → the best `num_used` of each row; weights are a softmax over those, or over all."""
+    def route(
+        self, scores: Sequence[Part], num_experts: int, num_used: int, over_chosen: bool, unit: int | None = None
+    ) -> Routing:
+        """Sums [T, E] → the best `num_used` of each row; weights are a softmax over those, or over all.
+
+        A benchmark may say the `unit`.
+        """
         if not 0 < num_used <= min(num_experts, MAX_USED) or num_experts > MAX_EXPERTS:
             raise ValueError(f"{num_used} of {num_experts} experts; at most {MAX_USED} of {MAX_EXPERTS} are possible")
         num_rows, device = scores[0].slices.shape[1], self._gpu.device
-        source = Source("ops", "rows.cu", defined(EXPERTS=num_experts, USED=num_used))
+        source = rows_source(EXPERTS=num_experts, USED=num_used)
         pairs = num_rows * num_used
         if pairs > MAX_GRID_Y:
             raise ValueError(
                 f"{num_rows} rows take {num_used} experts each, {pairs} places; at most {MAX_GRID_Y} fit"
             )
-        unit = unit_rows(pairs, num_experts)
+        unit = unit or unit_rows(pairs, num_experts, self._gpu.card.has_wgmma)
         num_units = pairs // unit + min(num_experts, pairs)
         chosen, places = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
         weights = torch.empty(num_rows, num_used, device=device)
         experts = torch.empty(num_units * unit, dtype=torch.int32, device=device)
         owners = torch.empty(num_units, dtype=torch.int32, device=device)
-        args: list[Argument] = [self._ops.sums(scores, num_rows, num_experts), chosen, weights, num_rows]
-        self._gpu.launch(source, "route", Work((num_rows, 1, 1), 32), [*args, int(over_chosen)])
-        args = [chosen, places, experts, owners, pairs, num_units, unit]
-        self._gpu.launch(source, "arrange", Work((int(num_rows > 0), 1, 1), ARRANGE_THREADS), args)
+        sums, where = self._ops.sums(scores, num_rows, num_experts), [places, experts, owners]
+        if 0 < num_rows <= ARRANGERS // 32:
+            args: list[Argument] = [sums, chosen, weights, *where, num_rows, int(over_chosen), num_units, unit]
+            self._gpu.launch(source, "route_and_arrange", Work((1, 1, 1), ARRANGERS), args)
+        else:
+            args = [sums, chosen, weights, num_rows, int(over_chosen)]
+            self._gpu.launch(source, "route", Work((num_rows, 1, 1), 32), args)
+            args = [chosen, *where, pairs, num_units, unit]
+            self._gpu.launch(source, "arrange", Work((int(num_rows > 0), 1, 1), ARRANGERS), args)
         return Routing(weights, places, experts, owners, unit, num_experts, source)
 
     def spread(self, image: Tensor, routing: Routing) -> Tensor:
@@ -79,8 +106,10 @@ class ExpertOps:
         self._ops.rows(routing.source, "spread", blocks, pairs, ROW_THREADS, args)
         return out
 
-    def multiply(self, image: Tensor, matrix: TiledMatrix, bias: Tensor | None, routing: Routing) -> Part:
-        """Each place times the matrix of its expert; `bias` [E N]."""
+    def multiply(
+        self, image: Tensor, matrix: TiledMatrix, bias: Tensor | None, routing: Routing, how: Grouped | None = None
+    ) -> Part:
+        """Each place times the matrix of its expert; `bias` [E N]. A benchmark may say `how`."""
         n, depth = matrix.shape[0], matrix.tiles.shape[1]
         if image.shape[0] != -(-matrix.shape[1] // 256) * 4 or image.shape[1] * 8 < routing.num_places:
             raise ValueError(f"an image {tuple(image.shape)} for {routing.num_places} rows of {matrix.shape[1]}")
@@ -91,20 +120,35 @@ class ExpertOps:
             )
         self._gpu.require(image, dtype=torch.bfloat16)
         self._gpu.require(matrix.tiles, dtype=torch.uint8)
-        slices, units, share = matrix.plan.slices, len(routing.owners), 1
-        variant = FewTokens(routing.unit // 8, 8, 2, 1, early=False)
-        while variant.groups > 1 and matrix.plan.shared_bytes(variant) > self._gpu.card.shared_bytes:
-            variant, share = replace(variant, groups=variant.groups // 2), 2 * share
-        out = torch.empty(slices, routing.num_places, n, device=self._gpu.device)
-        shared = matrix.plan.shared_bytes(variant)
-        most = max(1, 2 * self._gpu.num_sms // (slices * max(1, min(units, matrix.count))))
-        blocks = min(most, -(-n // 16 // variant.warps))
-        args: list[Argument] = [matrix.tiles, image, out, n, depth]
-        args += [routing.num_places, image.shape[1], routing.owners, share]
+        variant, blocks = how or self._choose(matrix, routing)
+        slices, units, share = matrix.plan.slices, len(routing.owners), routing.unit // (8 * variant.groups)
+        out = torch.empty(
+            1 if matrix.plan.is_whole(variant) else slices, routing.num_places, n, device=self._gpu.device
+        )
         source, name = kernel_of(matrix.type, variant, grouped=True)
-        work = Work((blocks, slices, units * share), variant.warps * 32, shared)
-        self._gpu.launch(source, name, work, args)
+        args: list[Argument] = [matrix.tiles, image, out, n, depth, routing.num_places, image.shape[1]]
+        shared = matrix.plan.shared_bytes(variant)
+        if isinstance(variant, FewTokens):
+            work = Work((blocks, slices, units * share), variant.warps * 32, shared)
+            self._gpu.launch(source, name, work, [*args, routing.owners, share])
+        else:
+            work = Work((blocks, len(out), units), variant.warpgroups * 128 + 128, shared)
+            self._gpu.launch(source, name, work, [*args, slices, routing.owners])
         return Part(out, bias, routing.experts)
+
+    def _choose(self, matrix: TiledMatrix, routing: Routing) -> Grouped:
+        n, card, plan, words = matrix.shape[0], self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
+        if routing.unit >= MANY_ROWS and card.has_wgmma:
+            ctas = 2 if routing.unit <= 64 and words <= 18 else 1
+            depth = 1 if words >= 32 else 2
+            many = ManyTokens(routing.unit, 2, depth, 12 if routing.unit == 32 else 6, plan.slices > 1, ctas)
+            return Grouped(many, -(-n // 128))
+        few = FewTokens(routing.unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early=False)
+        while few.groups > 1 and plan.shared_bytes(few) > card.shared_bytes:
+            few = replace(few, groups=few.groups // 2)
+        strips, busy = -(-n // 16), routing.num_experts * (1 - (1 - routing.share) ** len(routing.weights))
+        per_warp = max(1, round(busy * strips * plan.slices / (WAVES * WARPS)))
+        return Grouped(few, -(-strips // (few.warps * per_warp)))
 
     def combine(self, given: Part, routing: Routing) -> Tensor:
         """What the places gave → rows f32 [T, N], slot by slot in order."""
@@ -118,6 +162,7 @@ class ExpertOps:
         return y
 
 
-def unit_rows(pairs: int, num_experts: int) -> int:
-    """Rows of an expert that are multiplied at a time: about as many as one has."""
-    return next((unit for unit in (8, 16) if pairs <= unit * num_experts), 32)
+def unit_rows(pairs: int, num_experts: int, has_wgmma: bool) -> int:
+    """Rows of an expert that are multiplied at a time: most experts should need one unit."""
+    sizes = (8, 16, 32, 64) if has_wgmma else (8, 16)
+    return next((unit for unit in sizes if 2 * pairs <= unit * num_experts), 128 if has_wgmma else 32)

@@ -21,32 +21,65 @@ struct Norm {
 DEVICE const float* bias_of(const Part& p, int t) {
   return p.experts ? p.bias + (u64)p.experts[t] * p.width : p.bias;
 }
-DEVICE float sum_at(const Part& p, int T, int t, int n) {
-  const float* from = p.slices + (u64)t * p.width + n;
-  const u64 stride = (u64)T * p.width;
-  float v = 0.f;
-#pragma unroll 4
-  for (int s = 0; s < p.count; s++) v = __fadd_rn(v, from[s * stride]);
-  return p.bias ? __fadd_rn(v, bias_of(p, t)[n]) : v;
+
+// Where the sums of one column, or of four side by side (V: float4, with widths and columns multiples of 4), lie.
+template <class V>
+struct Column {
+  const V* slices;
+  const V* bias;  // or null
+  u64 stride;     // from a slice to the next
+  int count;      // 0: the sum is 0
+};
+template <class V>
+DEVICE Column<V> column(const Part& p, int T, int t, int n) {
+  return {(const V*)(p.slices + (u64)t * p.width + n), p.bias ? (const V*)(bias_of(p, t) + n) : nullptr,
+          (u64)T * p.width * 4 / sizeof(V), p.count};
 }
-DEVICE float sum_at(const Sums& sums, int T, int t, int n) {  // column n of all parts
-  if (n < sums.part[0].width) return sum_at(sums.part[0], T, t, n);
+template <class V>
+DEVICE Column<V> column(const Sums& sums, int T, int t, int n) {  // column n of all parts
+  if (n < sums.part[0].width) return column<V>(sums.part[0], T, t, n);
   n -= sums.part[0].width;
-  if (n < sums.part[1].width) return sum_at(sums.part[1], T, t, n);
-  return sum_at(sums.part[2], T, t, n - sums.part[1].width);
+  if (n < sums.part[1].width) return column<V>(sums.part[1], T, t, n);
+  return column<V>(sums.part[2], T, t, n - sums.part[1].width);
 }
-DEVICE float4 sum4_at(const Part& p, int T, int t, int n) {  // columns n to n + 3; width and n multiples of 4
-  const float4* from = (const float4*)(p.slices + (u64)t * p.width + n);
-  const u64 stride = (u64)T * p.width / 4;
-  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-  for (int s = 0; s < p.count; s++) {
-    const float4 a = from[s * stride];
-    v = make_float4(__fadd_rn(v.x, a.x), __fadd_rn(v.y, a.y), __fadd_rn(v.z, a.z), __fadd_rn(v.w, a.w));
+
+DEVICE float plus(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float4 plus(float4 a, float4 b) {
+  return make_float4(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z), __fadd_rn(a.w, b.w));
+}
+DEVICE void set_zero(float& v) { v = 0.f; }
+DEVICE void set_zero(float4& v) { v = make_float4(0.f, 0.f, 0.f, 0.f); }
+
+// N columns added up, each slice by slice in their order and the bias last. AT_ONCE slices of all of them are on their way
+// at once, since one by one each would cost the time to memory and back. What is not there counts as +0, which changes
+// no sum that began with +0.
+template <int AT_ONCE, class V, int N>
+DEVICE void add_up(const Column<V> (&from)[N], V (&v)[N]) {
+  V bias[N], found[AT_ONCE][N];
+  int most = 0;
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    set_zero(v[j]), set_zero(bias[j]);
+    if (from[j].bias) bias[j] = *from[j].bias;
+    most = from[j].count > most ? from[j].count : most;
   }
-  if (!p.bias) return v;
-  const float4 b = *(const float4*)(bias_of(p, t) + n);
-  return make_float4(__fadd_rn(v.x, b.x), __fadd_rn(v.y, b.y), __fadd_rn(v.z, b.z), __fadd_rn(v.w, b.w));
+  for (int s = 0; s < most; s += AT_ONCE) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        set_zero(found[i][j]);
+        if (s + i < from[j].count) found[i][j] = from[j].slices[(s + i) * from[j].stride];
+      }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      if (s + i >= most) break;
+#pragma unroll
+      for (int j = 0; j < N; j++) v[j] = plus(v[j], found[i][j]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N; j++) v[j] = plus(v[j], bias[j]);
 }
 
 // bf16 image [pieces of 64 inputs][T8][8 tokens][8 units of 16 bytes, unit ^ token]. In a 128-wide chunk, position

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.linear.plan import MAX_DIMENSION
 from worker_orcd.kernels.source import Source, defined
+from worker_orcd.quant.tiles import TILE_K, tile_bytes, tile_grid
 
 MAX_GRID_Y = 65_535
 MAX_PARTS = 3
 MAX_HEAD_DIM = 512
-NORM_THREADS, ROW_THREADS, HEADS_PER_BLOCK = 512, 64, 4  # of rows.cu
+ROW_THREADS, HEADS_PER_BLOCK = 64, 4  # of rows.cu
+MOST_NORM_THREADS, MOST_NORM_BLOCKS = 512, 8  # more threads would leave each too few registers
 WIDEST_NORM = 2**16
+MOST_AHEAD = 8
 KV_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 17}
 
 Norm = tuple[Tensor, Tensor | None, float]  # weight, bias, eps
@@ -77,9 +83,19 @@ class Ops:
         groups = 0 if image is None else image.shape[1]
         args: list[Argument] = [x, self.part(y, num_rows, width), self._norm(after, width), float(factor)]
         args += [self._norm(norm, width), image, num_rows, groups]
-        source = Source("ops", "rows.cu", defined(WIDTH=width))
-        self._gpu.launch(source, "add_norm", Work((num_rows, 1, 1), NORM_THREADS), args)
+        shape, ahead = self._norm_shape(width), slices_ahead([] if y is None else [y])
+        blocks, threads = shape["CLUSTER"], shape["BLOCK"]
+        source = rows_source(WIDTH=width, AHEAD=ahead, **shape)
+        work = Work((num_rows * blocks, 1, 1), threads, 8 * blocks * threads // 32)  # two sets of a sum for each warp
+        self._gpu.launch(source, "add_norm", work, args)
         return image
+
+    def _norm_shape(self, width: int) -> dict[str, int]:
+        """Blocks that share a row, and threads of a block: four numbers for each while there are enough threads."""
+        padded = -(-width // 256) * 256
+        most = MOST_NORM_BLOCKS if self._gpu.card.has_clusters else 1
+        blocks = next((n for n in (1, 2, 4) if n <= most and padded <= n * 1024), most)
+        return {"CLUSTER": blocks, "BLOCK": min(MOST_NORM_THREADS, -(-padded // (256 * blocks)) * 64)}
 
     def rope_store(
         self, qkv: Sequence[Part], heads: tuple[int, int, int], norms: tuple[Norm | None, Norm | None],
@@ -104,9 +120,10 @@ class Ops:
         args: list[Argument] = [self.sums(qkv, num_rows, (num_heads + 2 * num_kv_heads) * dim)]
         args += [*(self._norm(norm, dim) for norm in norms), q, *cache, *table, *at]
         args += [num_rows, num_heads, num_kv_heads, half]
-        options = defined(DIM=dim, KV_BITS=KV_BITS[cache[0].dtype], INTERLEAVED=int(interleaved))
+        stored, ahead = KV_BITS[cache[0].dtype], slices_ahead(qkv)
+        source = rows_source(DIM=dim, KV_BITS=stored, INTERLEAVED=int(interleaved), AHEAD=ahead)
         blocks = -(-(num_heads + 2 * num_kv_heads) // HEADS_PER_BLOCK)
-        self.rows(Source("ops", "rows.cu", options), "rope_store", blocks, num_rows, HEADS_PER_BLOCK * 32, args)
+        self.rows(source, "rope_store", blocks, num_rows, HEADS_PER_BLOCK * 32, args)
         return q
 
     def activate(
@@ -120,28 +137,24 @@ class Ops:
             raise ValueError("the clamped activation has a gate")
         image = self.image(num_rows, width)
         sums = self.sums(gate_up, num_rows, (1 + is_gated) * width)
-        source = Source("ops", "rows.cu", defined(ACTIVATION=kind.upper(), GATED=int(is_gated)))
+        source = rows_source(ACTIVATION=kind.upper(), GATED=int(is_gated), AHEAD=slices_ahead(gate_up))
         args: list[Argument] = [sums, image, width, num_rows, image.shape[1]]
         self.rows(source, "activate", -(-width // 256), num_rows, ROW_THREADS, args)
         return image
 
-    def gather_rows(self, tiles: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        """Rows of a matrix in tiles u8 [strips, depth, tile bytes], as stored: i64 [T] → u8 [T, depth, bytes].
-
-        places i32 [16, bits of a row in a tile]: where in the tile each bit lies.
-        """
-        (_, depth, tile_bytes), row_bytes = tiles.shape, places.shape[1] // 8
-        if depth * row_bytes >= 2**31:
-            raise ValueError(f"rows of {depth * row_bytes} bytes; at most {2**31 - 1} are possible")
+    def embed(self, tokens: Tensor, tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
+        """Rows of a matrix [N, K] in tiles, i64 [T] → f32 [T, K], the format's own values; NaN for rows it lacks."""
+        width, expected = shape[1], (*tile_grid(type, shape), tile_bytes(type))
         self._gpu.require(tiles, dtype=torch.uint8)
-        self._gpu.require(places, dtype=torch.int32)
-        self._gpu.require(rows, dtype=torch.int64)
-        if places.shape != (16, tile_bytes // 2):
-            raise ValueError(f"places {tuple(places.shape)} for tiles of {tile_bytes} bytes")
-        out = torch.empty(len(rows), depth, row_bytes, dtype=torch.uint8, device=self._gpu.device)
-        args: list[Argument] = [tiles, places, rows, out, depth, tile_bytes, row_bytes]
-        self.rows(PLAIN, "gather_rows", -(-depth * row_bytes // 64), len(rows), 64, args)
-        return out
+        self._gpu.require(tokens, dtype=torch.int64)
+        if tuple(tiles.shape) != expected:
+            raise ValueError(f"tiles of {type.name} {shape} must be {expected}, not {tuple(tiles.shape)}")
+        if tokens.ndim != 1 or width % 4 or max(shape) > MAX_DIMENSION:
+            raise ValueError(f"tokens {tuple(tokens.shape)} with rows of {shape}: one dimension, a multiple of 4")
+        y = torch.empty(len(tokens), width, device=self._gpu.device)
+        args: list[Argument] = [tiles, tokens, y, *shape]
+        self.rows(embed_source(type), "embed", -(-width // 256), len(tokens), ROW_THREADS, args)
+        return y
 
     def to_image(self, x: Tensor) -> Tensor:
         """x [T, K] as an image."""
@@ -165,10 +178,9 @@ class Ops:
             raise ValueError(f"{num_rows} rows in a step; at most {MAX_GRID_Y} are possible")
         self._gpu.launch(source, name, Work((blocks, num_rows, 1), threads), args)
 
-    def image(self, num_rows: int, width: int, zeroed: bool = False) -> Tensor:
-        """Room for one; zeroed for who does not write the inputs that pad it."""
-        make = torch.zeros if zeroed and width % 256 else torch.empty
-        return make(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
+    def image(self, num_rows: int, width: int) -> Tensor:
+        """Room for one; who fills it also writes the zeros that pad its inputs."""
+        return torch.empty(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
 
     def sums(self, parts: Sequence[Part], num_rows: int, width: int) -> ctypes.Structure:
         if not 0 < len(parts) <= MAX_PARTS or sum(part.slices.shape[2] for part in parts) != width:
@@ -208,4 +220,19 @@ class Ops:
         return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps)
 
 
-PLAIN = Source("ops", "rows.cu", defined(PLAIN=1))
+def embed_source(type: GgmlType) -> Source:
+    return Source("ops", "embed.cu", defined(FORMAT=type.name, TILE_K=TILE_K[type], TILE_BYTES=tile_bytes(type)))
+
+
+def slices_ahead(parts: Sequence[Part]) -> int:
+    """How many slices a kernel fetches at once: all, while there are few; each number is a kernel of its own."""
+    most = max((len(part.slices) for part in parts), default=1)
+    return min(MOST_AHEAD, 1 << (most - 1).bit_length())
+
+
+@lru_cache(maxsize=256)
+def rows_source(**options: object) -> Source:
+    return Source("ops", "rows.cu", defined(**options))
+
+
+PLAIN = rows_source(PLAIN=1)

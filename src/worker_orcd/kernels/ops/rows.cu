@@ -1,81 +1,115 @@
 // What stands between the matmuls: each kernel adds up the sums it is given, in float32 and one order for every number
-// of rows, and leaves what the next one reads.
+// of rows, and leaves what the next one reads. AHEAD: slices of the sums fetched at once.
 #include "flow.cuh"
 
 #ifdef WIDTH  // ---- residual and norm, for rows of WIDTH numbers, a multiple of 4
-#define BLOCK 512
-constexpr int QUADS = (WIDTH + 4 * BLOCK - 1) / (4 * BLOCK);  // of a thread
+// CLUSTER blocks of BLOCK threads share a row, so that one row alone is fetched by several multiprocessors.
+constexpr int WARPS = BLOCK / 32;
+constexpr int QUADS = (WIDTH + 4 * BLOCK * CLUSTER - 1) / (4 * BLOCK * CLUSTER);  // of a thread
 
-DEVICE float block_sum(float v) {
-  __shared__ float parts[BLOCK / 32];
+struct Weights {
+  float4 weight[QUADS], bias[QUADS];
+};
+struct Shared {
+  float parts[2][CLUSTER * WARPS];  // sums of all warps of the row; one set is read while the next is written
+};
+
+DEVICE int place(int rank, int i) { return ((rank * QUADS + i) * BLOCK + threadIdx.x) * 4; }  // of a thread's quad i
+
+DEVICE void load(Weights& to, const Norm& norm, int rank) {
+#pragma unroll
+  for (int i = 0; i < QUADS; i++) {
+    const int k = place(rank, i);
+    set_zero(to.weight[i]), set_zero(to.bias[i]);
+    if (k >= WIDTH) continue;
+    if (norm.weight) to.weight[i] = *(const float4*)(norm.weight + k);
+    if (norm.bias) to.bias[i] = *(const float4*)(norm.bias + k);
+  }
+}
+
+DEVICE float row_sum(Shared& shared, int& turn, int rank, float v) {
 #pragma unroll
   for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(~0u, v, step);
-  __syncthreads();  // the call before has been read
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
-  __syncthreads();
+  const int lane = threadIdx.x & 31;
+  float* parts = shared.parts[turn ^= 1];
+  if (lane < CLUSTER) of_block(parts, lane)[rank * WARPS + (threadIdx.x >> 5)] = v;
+  cluster_sync();
   v = 0.f;
 #pragma unroll
-  for (int i = 0; i < BLOCK / 32; i++) v += parts[i];
+  for (int i = 0; i < CLUSTER * WARPS; i++) v += parts[i];
   return v;
 }
 
-DEVICE void normalize(float4* v, const Norm& norm) {
+DEVICE void normalize(Shared& shared, int& turn, int rank, float4* v, const Norm& norm, const Weights& by) {
   float mean = 0.f, sum = 0.f;
   if (norm.bias) {
 #pragma unroll
     for (int i = 0; i < QUADS; i++) mean += (v[i].x + v[i].y) + (v[i].z + v[i].w);  // beyond WIDTH all are 0
-    mean = block_sum(mean) / WIDTH;
+    mean = row_sum(shared, turn, rank, mean) / WIDTH;
   }
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
-    if ((i * BLOCK + threadIdx.x) * 4 >= WIDTH) continue;
+    if (place(rank, i) >= WIDTH) continue;
     v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
     sum = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, fmaf(v[i].z, v[i].z, fmaf(v[i].w, v[i].w, sum))));
   }
-  const float scale = 1.f / sqrtf(block_sum(sum) / WIDTH + norm.eps);
+  const float scale = 1.f / sqrtf(row_sum(shared, turn, rank, sum) / WIDTH + norm.eps);
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
-    const int k = (i * BLOCK + threadIdx.x) * 4;
-    if (k >= WIDTH) continue;
-    const float4 w = *(const float4*)(norm.weight + k);
-    float4 b = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (norm.bias) b = *(const float4*)(norm.bias + k);
+    const float4 w = by.weight[i], b = by.bias[i];
     v[i] = make_float4(fmaf(v[i].x * scale, w.x, b.x), fmaf(v[i].y * scale, w.y, b.y),
                        fmaf(v[i].z * scale, w.z, b.z), fmaf(v[i].w * scale, w.w, b.w));
   }
 }
 
-// x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows)
-extern "C" __global__ void __launch_bounds__(BLOCK)
+#if CLUSTER > 1
+#define TOGETHER __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define TOGETHER
+#endif
+// x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows CLUSTER)
+extern "C" __global__ void __launch_bounds__(BLOCK) TOGETHER
 add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
          const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8) {
+  extern __shared__ __align__(1024) char shared[];
+  Shared& sums = *(Shared*)shared;
+  cluster_arrive();
   start_next_kernel();
+  const int t = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+  int turn = 0;
+  Weights by;
+  load(by, norm, rank);  // constants of the model, fetched while the kernel ahead is still at work
   await_previous_kernel();
-  const int t = blockIdx.x;
-  float4 v[QUADS];
+  float4 old[QUADS], v[QUADS];
+  Column<float4> columns[QUADS];
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
-    const int k = (i * BLOCK + threadIdx.x) * 4;
-    v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (k < WIDTH && y.count) v[i] = sum4_at(y, T, t, k);
+    const int k = place(rank, i);
+    set_zero(old[i]);
+    if (k < WIDTH) old[i] = *(const float4*)(x + (u64)t * WIDTH + k);
+    columns[i] = column<float4>(y, T, t, k);
+    if (k >= WIDTH) columns[i].count = 0, columns[i].bias = nullptr;
   }
-  if (after.weight) normalize(v, after);
+  add_up<AHEAD>(columns, v);
+  cluster_wait();  // all blocks have begun: they can be written to
+  if (after.weight) {
+    Weights by_after;
+    load(by_after, after, rank);
+    normalize(sums, turn, rank, v, after, by_after);
+  }
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
-    const int k = (i * BLOCK + threadIdx.x) * 4;
-    if (k >= WIDTH) continue;
-    float4* at = (float4*)(x + (u64)t * WIDTH + k);
-    const float4 a = *at;
-    v[i] = make_float4(fmaf(v[i].x, factor, a.x), fmaf(v[i].y, factor, a.y), fmaf(v[i].z, factor, a.z),
-                       fmaf(v[i].w, factor, a.w));
-    if (y.count) *at = v[i];
+    const int k = place(rank, i);
+    v[i] = make_float4(fmaf(v[i].x, factor, old[i].x), fmaf(v[i].y, factor, old[i].y), fmaf(v[i].z, factor, old[i].z),
+                       fmaf(v[i].w, factor, old[i].w));
+    if (y.count && k < WIDTH) *(float4*)(x + (u64)t * WIDTH + k) = v[i];
   }
   if (!image) return;
-  normalize(v, norm);
+  normalize(sums, turn, rank, v, norm, by);
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
-    const int k = (i * BLOCK + threadIdx.x) * 4;
-    if (k < (WIDTH + 255) / 256 * 256) store4(image, T8, t, k, k < WIDTH ? v[i] : make_float4(0.f, 0.f, 0.f, 0.f));
+    const int k = place(rank, i);
+    if (k < (WIDTH + 255) / 256 * 256) store4(image, T8, t, k, v[i]);  // zeros beyond WIDTH
   }
 }
 #endif
@@ -103,19 +137,32 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
            const float* __restrict__ cos, const float* __restrict__ sin, const long long* __restrict__ positions,
            const long long* __restrict__ slots, int T, int Hq, int Hk, int half) {
   start_next_kernel();
-  await_previous_kernel();
   const int lane = threadIdx.x & 31, head = blockIdx.x * HEADS + (threadIdx.x >> 5), t = blockIdx.y;
   if (head >= Hq + 2 * Hk) return;
   const bool is_q = head < Hq, is_v = head >= Hq + Hk;
-  float a[PAIRS], b[PAIRS];
+  const long long slot = fresh(slots + t), position = fresh(positions + t);  // copied in before the step's first kernel
+  float c[PAIRS], s[PAIRS], a[PAIRS], b[PAIRS], found[2 * PAIRS];
+  Column<float> columns[2 * PAIRS];
 #pragma unroll
   for (int i = 0; i < PAIRS; i++) {
     const int pair = i * 32 + lane;
-    a[i] = b[i] = 0.f;
-    if (pair >= DIM / 2) continue;
-    const bool apart = !INTERLEAVED && pair < half;
-    a[i] = sum_at(qkv, T, t, head * DIM + (apart ? pair : 2 * pair));
-    b[i] = sum_at(qkv, T, t, head * DIM + (apart ? pair + half : 2 * pair + 1));
+    c[i] = 1.f, s[i] = 0.f;
+    if (is_v || pair >= half) continue;
+    c[i] = cos[position * half + pair], s[i] = sin[position * half + pair];
+  }
+  await_previous_kernel();
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) {
+    const int pair = i * 32 + lane;
+    const bool apart = !INTERLEAVED && pair < half, is_there = pair < DIM / 2;
+    columns[2 * i] = column<float>(qkv, T, t, head * DIM + (is_there ? apart ? pair : 2 * pair : 0));
+    columns[2 * i + 1] = column<float>(qkv, T, t, head * DIM + (is_there ? apart ? pair + half : 2 * pair + 1 : 0));
+  }
+  add_up<AHEAD>(columns, found);
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) {
+    const bool is_there = i * 32 + lane < DIM / 2;
+    a[i] = is_there ? found[2 * i] : 0.f, b[i] = is_there ? found[2 * i + 1] : 0.f;
   }
   const Norm& norm = is_q ? q_norm : k_norm;
   if (!is_v && norm.weight) {
@@ -134,7 +181,6 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
       b[i] = b[i] * scale * norm.weight[apart ? pair + half : 2 * pair + 1];
     }
   }
-  const long long slot = slots[t], position = positions[t];
 #pragma unroll
   for (int i = 0; i < PAIRS; i++) {
     const int pair = i * 32 + lane;
@@ -143,9 +189,8 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
     const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
     float x = a[i], y = b[i];
     if (!is_v && pair < half) {
-      const float c = cos[position * half + pair], s = sin[position * half + pair];
-      x = __fsub_rn(__fmul_rn(a[i], c), __fmul_rn(b[i], s));
-      y = __fadd_rn(__fmul_rn(a[i], s), __fmul_rn(b[i], c));
+      x = __fsub_rn(__fmul_rn(a[i], c[i]), __fmul_rn(b[i], s[i]));
+      y = __fadd_rn(__fmul_rn(a[i], s[i]), __fmul_rn(b[i], c[i]));
     }
     if (is_q) {
       float* to = q + ((u64)t * Hq + head) * DIM;
@@ -192,12 +237,18 @@ activate(const __grid_constant__ Sums sums, u32* __restrict__ image, int F, int 
   if (whole.experts && whole.experts[t] < 0) return;
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
   if (f < F) {
-    v = sum4_at(whole, T, t, f);
 #if GATED
-    const float4 up = whole.width > F ? sum4_at(whole, T, t, F + f) : sum4_at(sums.part[1], T, t, f);
+    const Column<float4> columns[2] = {column<float4>(whole, T, t, f), column<float4>(sums, T, t, F + f)};
+    float4 found[2];
+    add_up<AHEAD>(columns, found);
+    const float4 up = found[1];
+    v = found[0];
     v = make_float4(gated(v.x, up.x), gated(v.y, up.y), gated(v.z, up.z), gated(v.w, up.w));
 #else
-    v = make_float4(act(v.x), act(v.y), act(v.z), act(v.w));
+    const Column<float4> columns[1] = {column<float4>(whole, T, t, f)};
+    float4 found[1];
+    add_up<AHEAD>(columns, found);
+    v = make_float4(act(found[0].x), act(found[0].y), act(found[0].z), act(found[0].w));
 #endif
   }
   store4(image, T8, t, f, v);
@@ -205,20 +256,20 @@ activate(const __grid_constant__ Sums sums, u32* __restrict__ image, int F, int 
 #endif
 
 #ifdef EXPERTS  // ---- mixture of EXPERTS experts, of which a row takes USED
-// Each row's best experts by score, equal ones by index, and their weights: softmax over the chosen or over all.
-// grid (T), 32 threads
-extern "C" __global__ void __launch_bounds__(32)
-route(const __grid_constant__ Sums scores, int* __restrict__ chosen, float* __restrict__ weights, int T, int over_chosen) {
-  start_next_kernel();
-  await_previous_kernel();
+// A row's best experts by score, equal ones by index, and their weights: softmax over the chosen or over all. One warp.
+DEVICE void route_row(const Sums& scores, int* chosen, float* weights, int t, int T, int over_chosen) {
   constexpr int OWN = (EXPERTS + 31) / 32;
-  const int lane = threadIdx.x, t = blockIdx.x;
+  const int lane = threadIdx.x & 31;
   const float lowest = __int_as_float(0xff800000);
   float own[OWN], best[USED];
   bool taken[OWN];
   for (int i = 0; i < OWN; i++) {
-    own[i] = i * 32 + lane < EXPERTS ? sum_at(scores, T, t, i * 32 + lane) : lowest;
-    taken[i] = i * 32 + lane >= EXPERTS;
+    own[i] = lowest, taken[i] = i * 32 + lane >= EXPERTS;
+    if (taken[i]) continue;
+    const Column<float> columns[1] = {column<float>(scores, T, t, i * 32 + lane)};
+    float found[1];
+    add_up<16>(columns, found);
+    own[i] = found[0];
   }
   for (int slot = 0; slot < USED; slot++) {
     float top = lowest;
@@ -248,37 +299,70 @@ route(const __grid_constant__ Sums scores, int* __restrict__ chosen, float* __re
 }
 
 // Places for the pairs (row, slot), expert by expert, each expert's from a multiple of `unit`. owners: for each unit
-// its expert or -1; experts: the same for each place, -1 where nobody is. grid (1), 1024 threads
-extern "C" __global__ void __launch_bounds__(1024)
-arrange(const int* __restrict__ chosen, int* __restrict__ places, int* __restrict__ experts, int* __restrict__ owners,
-        int pairs, int units, int unit) {
-  start_next_kernel();
-  await_previous_kernel();
+// its expert or -1; experts: the same for each place, -1 where nobody is. One block.
+#define ARRANGERS 1024
+DEVICE void arrange_pairs(const int* chosen, int* places, int* experts, int* owners, int pairs, int units, int unit) {
   __shared__ int count[EXPERTS], first[EXPERTS];
-  for (int e = threadIdx.x; e < EXPERTS; e += 1024) count[e] = 0;
+  for (int e = threadIdx.x; e < EXPERTS; e += ARRANGERS) count[e] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < pairs; i += 1024) atomicAdd(&count[chosen[i]], 1);
-  for (int i = threadIdx.x; i < units * unit; i += 1024) experts[i] = -1;
-  for (int i = threadIdx.x; i < units; i += 1024) owners[i] = -1;
+  for (int i = threadIdx.x; i < pairs; i += ARRANGERS) atomicAdd(&count[chosen[i]], 1);
+  for (int i = threadIdx.x; i < units * unit; i += ARRANGERS) experts[i] = -1;
+  for (int i = threadIdx.x; i < units; i += ARRANGERS) owners[i] = -1;
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int e = 0, at = 0; e < EXPERTS; e++) {
-      first[e] = at * unit;
-      for (int left = count[e]; left > 0; left -= unit) owners[at++] = e;
-      count[e] = 0;
+  if (threadIdx.x < 32) {  // the units of the experts before each, 32 experts at a time
+    for (int base = 0, before = 0; base < EXPERTS; base += 32) {
+      const int e = base + threadIdx.x, own = e < EXPERTS ? (count[e] + unit - 1) / unit : 0;
+      int sum = own;
+      for (int step = 1; step < 32; step <<= 1) {
+        const int other = __shfl_up_sync(~0u, sum, step);
+        if (threadIdx.x >= step) sum += other;
+      }
+      const int at = before + sum - own;
+      if (e < EXPERTS) first[e] = at * unit, count[e] = 0;
+      for (int i = 0; i < own; i++) owners[at + i] = e;
+      before += __shfl_sync(~0u, sum, 31);
     }
+  }
   __syncthreads();
-  for (int i = threadIdx.x; i < pairs; i += 1024) {
+  for (int i = threadIdx.x; i < pairs; i += ARRANGERS) {
     const int e = chosen[i], place = first[e] + atomicAdd(&count[e], 1);
     places[i] = place, experts[place] = e;
   }
 }
 
-// Copy each row's image to the places of its pairs, 16 bytes a thread. grid (ceil(units of a row / 64), pairs)
-extern "C" __global__ void __launch_bounds__(64)
-spread(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8, int P8) {
+// grid (T), 32 threads
+extern "C" __global__ void __launch_bounds__(32)
+route(const __grid_constant__ Sums scores, int* chosen, float* weights, int T, int over_chosen) {
   start_next_kernel();
   await_previous_kernel();
+  route_row(scores, chosen, weights, blockIdx.x, T, over_chosen);
+}
+
+// grid (1), ARRANGERS threads
+extern "C" __global__ void __launch_bounds__(ARRANGERS)
+arrange(const int* chosen, int* places, int* experts, int* owners, int pairs, int units, int unit) {
+  start_next_kernel();
+  await_previous_kernel();
+  arrange_pairs(chosen, places, experts, owners, pairs, units, unit);
+}
+
+// Both, for at most a row a warp. grid (1), ARRANGERS threads
+extern "C" __global__ void __launch_bounds__(ARRANGERS)
+route_and_arrange(const __grid_constant__ Sums scores, int* chosen, float* weights, int* places, int* experts,
+                  int* owners, int T, int over_chosen, int units, int unit) {
+  start_next_kernel();
+  await_previous_kernel();
+  if ((threadIdx.x >> 5) < T) route_row(scores, chosen, weights, threadIdx.x >> 5, T, over_chosen);
+  __syncthreads();
+  arrange_pairs(chosen, places, experts, owners, T * USED, units, unit);
+}
+
+// Copy each row's image to the places of its pairs, 16 bytes a thread. grid (ceil(units of a row / 64), pairs)
+// The next kernel starts when this one has waited, so whatever comes after it finds the owners of the units complete.
+extern "C" __global__ void __launch_bounds__(64)
+spread(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8, int P8) {
+  await_previous_kernel();
+  start_next_kernel();
   const int i = blockIdx.x * 64 + threadIdx.x, t = blockIdx.y / USED, p = places[blockIdx.y];
   if (i >= units) return;
   const u64 piece = i >> 3, u = i & 7;
@@ -294,9 +378,14 @@ combine(const __grid_constant__ Part given, const int* __restrict__ places, cons
   await_previous_kernel();
   const int n = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
   if (n >= given.width) return;
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  Column<float4> columns[USED];
+  float4 found[USED], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int slot = 0; slot < USED; slot++) columns[slot] = column<float4>(given, P, places[t * USED + slot], n);
+  add_up<USED <= 4 ? 3 : 1>(columns, found);
+#pragma unroll
   for (int slot = 0; slot < USED; slot++) {
-    const float4 v = sum4_at(given, P, places[t * USED + slot], n);
+    const float4 v = found[slot];
     const float w = weights[t * USED + slot];
     sum = make_float4(__fadd_rn(sum.x, __fmul_rn(w, v.x)), __fadd_rn(sum.y, __fmul_rn(w, v.y)),
                       __fadd_rn(sum.z, __fmul_rn(w, v.z)), __fadd_rn(sum.w, __fmul_rn(w, v.w)));
@@ -306,24 +395,6 @@ combine(const __grid_constant__ Part given, const int* __restrict__ places, cons
 #endif
 
 #ifdef PLAIN  // ---- from and to rows
-// The stored bytes of some rows of a matrix in tiles [strips][depth][tile_bytes]: bit i of a row's bytes in a tile is bit
-// places[row % 16][i] of it. One byte a thread. grid (ceil(depth row_bytes / 64), T)
-extern "C" __global__ void __launch_bounds__(64)
-gather_rows(const u8* __restrict__ tiles, const int* __restrict__ places, const long long* __restrict__ rows,
-            u8* __restrict__ out, int depth, int tile_bytes, int row_bytes) {
-  start_next_kernel();
-  await_previous_kernel();
-  const int i = blockIdx.x * 64 + threadIdx.x, at = i % row_bytes;
-  if (i >= depth * row_bytes) return;
-  const long long row = rows[blockIdx.y];
-  const u8* tile = tiles + ((row >> 4) * depth + i / row_bytes) * tile_bytes;
-  const int* place = places + ((row & 15) * row_bytes + at) * 8;
-  int byte = 0;
-#pragma unroll
-  for (int bit = 0; bit < 8; bit++) byte |= (tile[place[bit] >> 3] >> (place[bit] & 7) & 1) << bit;
-  out[(u64)blockIdx.y * depth * row_bytes + i] = (u8)byte;
-}
-
 // x [T][K] -> image. grid (ceil(K / 256), T), 64 threads
 extern "C" __global__ void __launch_bounds__(64)
 to_image(const float* __restrict__ x, u32* __restrict__ image, int K, int T8) {
@@ -342,6 +413,10 @@ total(const __grid_constant__ Sums sums, float* __restrict__ y, int T, int N) {
   start_next_kernel();
   await_previous_kernel();
   const int n = blockIdx.x * 256 + threadIdx.x, t = blockIdx.y;
-  if (n < N) y[(u64)t * N + n] = sum_at(sums, T, t, n);
+  if (n >= N) return;
+  const Column<float> columns[1] = {column<float>(sums, T, t, n)};
+  float found[1];
+  add_up<8>(columns, found);
+  y[(u64)t * N + n] = found[0];
 }
 #endif

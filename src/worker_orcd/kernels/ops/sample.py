@@ -9,6 +9,8 @@ from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.source import Source
 
 BLOCK = 1024  # threads, of sample.cu
+MAX_CLUSTER = 8  # what every card with clusters takes
+STATE_BYTES = 9216  # of sample.cu's Shared, at the most
 COLUMNS = 6  # temperature, greedy, top-k, top-p, min-p, uniform draw
 SOURCE = Source("ops", "sample.cu")
 
@@ -30,5 +32,28 @@ def sample(gpu: Gpu, logits: Tensor, table: Tensor, banned: Tensor) -> Tensor:
     if not vocab_size or table.shape != (COLUMNS, num_rows) or banned.shape != (-(-vocab_size // 32),):
         raise ValueError(f"parameters {tuple(table.shape)} and bans {tuple(banned.shape)} for {tuple(logits.shape)}")
     out = torch.empty(2, num_rows, dtype=torch.int64, device=gpu.device)
-    gpu.launch(SOURCE, "sample", Work((num_rows, 1, 1), BLOCK), [logits, table, banned, out, num_rows, vocab_size])
+    blocks = cluster(gpu, num_rows, vocab_size)
+    has_room = fits(gpu, vocab_size, blocks)
+    shared_bytes = STATE_BYTES + (part_bytes(vocab_size, blocks) if has_room else 0)
+    work = Work((num_rows * blocks, 1, 1), BLOCK, shared_bytes)
+    gpu.launch(SOURCE, f"sample_{blocks}", work, [logits, table, banned, out, num_rows, vocab_size, int(has_room)])
     return out
+
+
+def cluster(gpu: Gpu, num_rows: int, vocab_size: int) -> int:
+    """Blocks that share a row: as few as fill the card and hold the row in shared memory. The result is the same."""
+    blocks = 1
+    while gpu.card.has_clusters and blocks < MAX_CLUSTER:
+        if num_rows * blocks * 2 > gpu.num_sms and fits(gpu, vocab_size, blocks):
+            break
+        blocks *= 2
+    return blocks
+
+
+def part_bytes(vocab_size: int, blocks: int) -> int:
+    """Logits of one block."""
+    return -(-vocab_size // (blocks * 32)) * 128
+
+
+def fits(gpu: Gpu, vocab_size: int, blocks: int) -> bool:
+    return STATE_BYTES + part_bytes(vocab_size, blocks) <= gpu.card.shared_bytes
