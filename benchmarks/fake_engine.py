@@ -1,6 +1,7 @@
 """An engine without a model: everything of the real one but the forward pass and the search for the likeliest token.
 
-Scheduler, paged cache, prefix keys, packing, sampling parameters and messages are the worker's own. A token is a
+Scheduler, paged cache, prefix keys, packing, the integers of recorded steps, sampling parameters and messages are the
+worker's own, and go the way they go on a GPU: steps of decodes only are "recorded", a "kernel" samples. A token is a
 letter that depends on (seed, position) alone, so answers are reproducible and never end by themselves. As the main
 module of a child process (`python -m fake_engine ADDRESS`, see engine/process.py) it takes FakeOptions as JSON.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from worker_orcd.backends.batch import Batch
 from worker_orcd.engine.core import EngineCore
+from worker_orcd.engine.graphs import Graphs, Recording
 from worker_orcd.engine.loop import Broken, EngineFacts, warm_up
 from worker_orcd.engine.plain_step import PlainStep
 from worker_orcd.engine.process import FATAL_EXIT, EngineHost, Progress
@@ -40,15 +43,32 @@ class FakeAdapter:
     """In place of a model: one number a row, which nobody looks at."""
 
     def forward(self, batch: Batch, kv: list[Any]) -> Tensor:  # noqa: ARG002 - as ModelAdapter has it
-        return torch.empty(len(batch.sample_rows), 1)
+        return torch.zeros(len(batch.sample_rows), 1)
 
 
 class FakeSampler(Sampler):
-    """The draw of (seed, position) is the token."""
+    """The draw of (seed, position) is the token, with the kernel and without."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__([], device, kernel=fake_kernel)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        tokens = (batch.uniform.squeeze(-1) * LETTERS).long() + FIRST_LETTER
+        tokens = letters(batch.uniform[:, 0])
         return tokens, torch.ones(len(tokens), dtype=torch.bool)
+
+
+def fake_kernel(logits: Tensor, table: Tensor) -> Tensor:  # noqa: ARG001 - as SampleKernel has it
+    tokens = letters(table[5])
+    return torch.stack([tokens, torch.ones_like(tokens)])
+
+
+def letters(draws: Tensor) -> Tensor:
+    return (draws * LETTERS).long() + FIRST_LETTER
+
+
+def record(work: Callable[[], Tensor]) -> Recording:
+    """A repetition that takes no time."""
+    return lambda: None, work()
 
 
 @dataclass
@@ -74,7 +94,8 @@ class FakeStep(PlainStep):
     def __init__(self, options: FakeOptions) -> None:
         allocator = PagedAllocator(options.num_blocks, options.block_size)
         device = torch.device("cpu")
-        super().__init__(Runtime(FakeAdapter(), [], allocator, device), FakeSampler([], device))
+        runtime = Runtime(FakeAdapter(), [], allocator, device)
+        super().__init__(runtime, FakeSampler(device), Graphs(runtime, options.context_length, record))
         self.overlaps = True
         self._step_s, self._done_s = options.step_ms / 1e3, 0.0
         self._has_fatal_seed = options.fault == "cuda"

@@ -97,6 +97,7 @@ class EngineCore:
         """Queue a request under a number larger than all before; what cannot ever fit fails at once."""
         root = root_key(**self._cache_scope, tenant=request.tenant)
         seq = Sequence.of(request, number, PrefixChain(root, self._step.block_size), self._clock())
+        seq.end_ids = self._eog_ids.union(request.stop_ids)
         if (problem := self._misfit(seq)) is not None:
             self._events.append((number, Failed(InvalidRequest.code, problem, retriable=False)))
             return
@@ -202,7 +203,8 @@ class EngineCore:
             seq.num_unknown += chunk.samples
             seq.num_in_flight += 1
             seq.num_steps += 1
-            seq.num_chunks += chunk.first < seq.num_prompt
+            if chunk.first < seq.num_prompt:
+                seq.num_chunks += 1
         return launched
 
     def _one_by_one(self, plan: Plan) -> Launched:
@@ -238,38 +240,42 @@ class EngineCore:
                 self._step.distrust(seq)
             if seq.has_ended:
                 self._release(seq)  # cancelled, or over, while this was computed
-            elif isinstance(result, WorkerError):
-                self._fail(seq, result)
+            elif isinstance(result, list):
+                if result:
+                    self._extend(seq, result)
             elif isinstance(result, Scored):
                 self._score(seq, chunk, result)
-            elif result:
-                self._extend(seq, result)
+            else:
+                self._fail(seq, result)
 
     def _score(self, seq: Sequence, chunk: Chunk, result: Scored) -> None:
         """Collect what is known of the prompt, and report it when it is complete; then go on as with the others."""
-        if chunk.scores and not seq.is_scored:
+        if chunk.scores and seq.is_scoring:
             seq.prompt_logprobs[chunk.first + 1 :] = result.prompt  # one that was preempted has begun again
             if len(seq.prompt_logprobs) == seq.num_prompt:
-                seq.is_scored = True
+                seq.is_scoring = False
                 self._events.append((seq.number, PromptLogprobs(seq.prompt_logprobs)))
         if result.tokens:
             self._extend(seq, result.tokens, result.logprobs)
 
     def _extend(self, seq: Sequence, new: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
         """Append what was sampled, share what is now confirmed, and end the sequence where it ends."""
-        seq.num_computed += len(new) - 1
         before = len(seq.tokens)
+        confirmed = before + len(new) - 1  # the newest one is not computed yet
+        seq.num_computed += len(new) - 1
         try:
             reason = self._take(seq, new)
         except InvalidRequest as error:
             self._fail(seq, error)
             return
-        if emitted := seq.tokens[before:]:
+        if reason is not None:  # perhaps before the last of them
+            new, confirmed = seq.tokens[before:], min(len(seq.tokens), confirmed)
+        if new:
             if seq.first_token_s is None:
                 seq.first_token_s = self._clock()
-            known = logprobs and logprobs[: len(emitted)]
-            self._events.append((seq.number, Tokens(before - seq.num_prompt, emitted, known)))
-        self._step.confirm(seq, min(len(seq.tokens), before + len(new) - 1))  # the newest token is not computed yet
+            known = logprobs and logprobs[: len(new)]
+            self._events.append((seq.number, Tokens(before - seq.num_prompt, new, known)))
+        self._step.confirm(seq, confirmed)
         if reason is not None:
             self._end(seq, Finished(reason, self._timings(seq)))
 
@@ -278,15 +284,14 @@ class EngineCore:
         if seq.request.max_tokens == 0:
             return "max_tokens"
         for token in new:
-            if token in self._eog_ids or token in seq.request.stop_ids:
+            if token in seq.end_ids:
                 return "eos"
             seq.tokens.append(token)
             if seq.matcher is not None and seq.matcher.advance(token):
                 return "eos"
-            if len(seq.tokens) >= seq.num_prompt + seq.request.max_tokens:
-                return "max_tokens"
             if len(seq.tokens) >= seq.longest:
-                return "context_length"
+                is_complete = len(seq.tokens) >= seq.num_prompt + seq.request.max_tokens
+                return "max_tokens" if is_complete else "context_length"
         return None
 
     # ------------------------------------------------------------------ ending
@@ -339,8 +344,8 @@ class EngineCore:
         preempted_now, self._preempted_before = preempted - self._preempted_before, preempted
         return StepStats(
             num_sequences=len(plan),
-            num_rows=sum(chunk.num_tokens for chunk in plan),
-            num_sampled=sum(chunk.samples for chunk in plan),
+            num_rows=sum([chunk.num_tokens for chunk in plan]),
+            num_sampled=sum([chunk.samples for chunk in plan]),
             step_ms=seconds * 1e3,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting) + len(self._compiling),

@@ -93,7 +93,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
     tokens: list[TokenLogprob | None]
 
 
-class Tokens(msgspec.Struct, frozen=True, tag=True):
+class Tokens(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Generated tokens, all that were ready: one in most steps, several when the reader fell behind."""
 
     index: int  # of the first one; 0 for the first of the answer

@@ -68,6 +68,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []  # most senior first: the last one yields first
         self.num_preempted = 0  # so far
+        self._guaranteed: list[Sequence] = []  # those of them that never yield again
         self._step = step
         self._order, self._seniority = ORDERS[limits.policy]
 
@@ -90,21 +91,20 @@ class Scheduler:
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence, wherever it is. Its blocks are still its own."""
-        (self.waiting if seq.table is None else self.running).remove(seq)
+        if seq.table is None:
+            self.waiting.remove(seq)
+        else:
+            self._leave(seq)
 
     def is_tight(self) -> bool:
         """Whether the next plan may have to preempt someone."""
         each = self._blocks(self._step.max_new_tokens)  # blocks one step may add to a sequence, at most
-        return self._step.available() - self._set_aside() < each * self._num_growing()
+        room = self._step.available() - self._set_aside()
+        return room < each * len(self.running) and room < each * self._num_growing()
 
     def plan(self) -> tuple[Plan, list[Sequence]]:
         """What to compute next, and who left the queue for it. Marks nothing as computed."""
-        plan: Plan = []
-        decodes = [seq for seq in self.running if seq.num_pending == 1 and not self._is_full(seq)]
-        for seq in decodes:
-            if seq.table is not None and self._make_room(seq):  # no table: it has yielded a moment ago
-                plan.append(Chunk.of(seq, 1))
-        prompts = [seq for seq in self.running if seq.num_pending > 1]
+        plan, prompts = self._next_tokens()
         admitted: list[Sequence] = []
         room, score_room = self.limits.max_step_tokens - len(plan), SCORE_ROWS
         while room:
@@ -120,9 +120,22 @@ class Scheduler:
                 score_room -= num_tokens if seq.is_scoring else 0
         return plan, admitted
 
-    def _is_full(self, seq: Sequence) -> bool:
-        """Its last token is already on its way; whether it was the last is known when it is read."""
-        return seq.num_tokens >= seq.longest
+    def _next_tokens(self) -> tuple[Plan, list[Sequence]]:
+        """A row for everyone who only waits for the next token; and those who have more to compute before it."""
+        plan: Plan = []
+        prompts: list[Sequence] = []
+        block_size, max_new_tokens = self._step.block_size, self._step.max_new_tokens
+        for seq in self.running[:]:
+            if seq.table is None:
+                continue  # it has yielded a moment ago, to one before it
+            first, num_tokens = seq.num_computed, seq.num_tokens
+            if num_tokens - first > 1:
+                prompts.append(seq)
+            elif first < num_tokens < seq.longest:  # else its last one is on its way; reading it will tell
+                has_room = first + max_new_tokens <= len(seq.table.blocks) * block_size
+                if has_room or self._make_room(seq):
+                    plan.append(Chunk.of(seq, 1) if seq.is_scoring else Chunk(seq, first, 1, True))
+        return plan, prompts
 
     def _longest(self, seq: Sequence) -> int:
         """Tokens the sequence can come to hold; an answer of none still samples one."""
@@ -150,11 +163,7 @@ class Scheduler:
 
     def _set_aside(self) -> int:
         """Blocks that guaranteed sequences may still ask for."""
-        return sum(
-            self._blocks(seq.longest) - len(seq.table.blocks)
-            for seq in self.running
-            if seq.num_preempted >= MAX_PREEMPTED and seq.table is not None
-        )
+        return sum(self._blocks(seq.longest) - len(seq.block_table.blocks) for seq in self._guaranteed)
 
     def _num_growing(self) -> int:
         """Running sequences that may ask for another block, of which none is put aside."""
@@ -175,11 +184,16 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         assert seq.num_in_flight == 0
         self._step.free(seq)
-        self.running.remove(seq)
+        self._leave(seq)
         seq.num_computed = 0
         seq.num_preempted += 1
         self.num_preempted += 1
         self.waiting.append(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        if self._is_guaranteed(seq):
+            self._guaranteed.remove(seq)
 
     # ------------------------------------------------------------------ admission
 
@@ -211,3 +225,5 @@ class Scheduler:
                 other.num_overtaken += 1
         self.running.append(seq)
         self.running.sort(key=self._seniority)
+        if self._is_guaranteed(seq):
+            self._guaranteed.append(seq)

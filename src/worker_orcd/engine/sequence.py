@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import msgspec
+
 from worker_orcd.engine.grammar import Matcher
 from worker_orcd.engine.request import Request, TokenLogprob
 from worker_orcd.kv.allocator import BlockTable
@@ -24,6 +26,8 @@ class Sequence:
     chain: PrefixChain
     arrived_s: float = 0.0
     tokens: list[int] = field(default_factory=list)  # prompt, then what was generated; known ids only
+    num_prompt: int = 0
+    end_ids: Collection[int] = ()  # those that end the answer
     table: BlockTable | None = None  # while it runs
     num_computed: int = 0  # tokens whose keys and values are in the cache, or will be after the steps launched
     num_unknown: int = 0  # tokens sampled by launched steps, not yet read
@@ -40,6 +44,7 @@ class Sequence:
     has_ended: bool = False
     needs_last_token: bool = False  # the host must know a token before the next one can be sampled
     wants_logprobs: bool = False  # of the answer or the prompt
+    is_scoring: bool = False  # the prompt's are still to be told: all of it is computed, no prefix from the cache
     has_bias: bool = False  # some ids are made more or less likely, or banned
     matcher: Matcher | None = None  # where the answer stands in the request's grammar
     program: tuple[str, ...] | None = None  # the sampler's filters, once it has looked
@@ -47,13 +52,14 @@ class Sequence:
         None  # bits: the surprise from which on mirostat cuts off; None before the first token
     )
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # those known so far
-    is_scored: bool = False  # they have been reported
 
     @classmethod
     def of(cls, request: Request, number: int, chain: PrefixChain, arrived_s: float = 0.0) -> Sequence:
         seq, sampling = cls(request, number, chain, arrived_s, list(request.prompt_ids)), request.sampling
+        seq.num_prompt = len(request.prompt_ids)
         has_state = sampling.dry_multiplier > 0 or sampling.mirostat_tau > 0
         seq.needs_last_token = has_state or request.grammar is not None
+        seq.is_scoring = request.prompt_logprobs
         seq.wants_logprobs = request.num_logprobs is not None or request.prompt_logprobs
         seq.has_bias = bool(sampling.logit_bias or request.min_tokens or request.ignore_eos)
         return seq
@@ -63,10 +69,6 @@ class Sequence:
         """Its place in the cache; a sequence in a step has one."""
         assert self.table is not None
         return self.table
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -81,11 +83,6 @@ class Sequence:
         """The known part of the answer."""
         return self.tokens[self.num_prompt :]
 
-    @property
-    def is_scoring(self) -> bool:
-        """Whether the prompt is computed for its log-probabilities: all of it, and no prefix from the cache."""
-        return self.request.prompt_logprobs and not self.is_scored
-
     def banned_ids(self, eog_ids: frozenset[int]) -> Collection[int]:
         """Ids that would end the answer and may not be drawn yet, or at all."""
         if self.num_generated < self.request.min_tokens:
@@ -98,9 +95,11 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Pending tokens of a sequence, positions `first` to `first + num_tokens - 1`."""
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """Pending tokens of a sequence, positions `first` to `first + num_tokens - 1`.
+
+    One for each sequence and step: a Struct costs a quarter of a dataclass, and no cycle leads through it.
+    """
 
     sequence: Sequence
     first: int
@@ -111,10 +110,10 @@ class Chunk:
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> Chunk:
         """The next `num_tokens` pending tokens."""
-        pending = sequence.num_tokens - sequence.num_computed
-        assert 0 < num_tokens <= pending
         first = sequence.num_computed
-        scores = sequence.wants_logprobs and sequence.is_scoring and first < sequence.num_prompt
+        pending = sequence.num_tokens - first
+        assert 0 < num_tokens <= pending
+        scores = sequence.is_scoring and first < sequence.num_prompt
         return cls(sequence, first, num_tokens, num_tokens == pending, scores)
 
     @property
