@@ -2,13 +2,19 @@
 
 A prompt of random ids goes through the CUDA backend in chunks, then 50 tokens one a step, each the likeliest. The
 reference in float32, on the weights the file stores, reads the same text. Its matrices are widened one at a time, so
-it needs little more room than the file. Where llama-cpp-python is installed, the first two layers with the head are
-compared with llama.cpp on the CPU as well: its figures, and ours on the same cut and text. One JSON line last.
+it needs little more room than the file. One JSON line last.
+
+--compare gives the same figures of another engine, on the prompt: of llama.cpp on the CPU, where llama-cpp-python is
+installed, or of any that wrote its logits to a file, float32 [tokens, vocabulary] and nothing else. --export writes
+what that engine is to read: the model of so many layers, and the prompt's ids. Neither needs a GPU; without one
+keep to a few layers.
 
 Random weights under a head that is also the embedding are all but certain of every token, whatever is lost on the way
 to it; for those unit_kl is the figure to look at.
 
-python benchmarks/bench_fidelity.py --model synthetic:llama-3.1-8b:Q4_K_M [--layers N] [--tokens N] [--out FILE]
+python benchmarks/bench_fidelity.py --model synthetic:llama-3.1-8b:Q4_K_M [MODEL ...] [--layers N] [--tokens N]
+python benchmarks/bench_fidelity.py --model synthetic:llama-3.1-8b:Q4_K_M --layers 2 --export FOLDER
+python benchmarks/bench_fidelity.py --model FOLDER/model.gguf --compare FILE
 """
 
 from __future__ import annotations
@@ -19,7 +25,6 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +53,10 @@ from worker_orcd.kv.prefix import PrefixChain
 from worker_orcd.models.spec import read_spec
 from worker_orcd.models.tensors import tensor_table, use_gguf_names
 from worker_orcd.models.weights import load_weights
+from worker_orcd.synthetic import parse_name, write_synthetic
 
 STEPS, CHUNK, BLOCK_SIZE = 50, 512, 32
-CUT_LAYERS = 2
+LLAMA_CPP = "llama.cpp"
 READ_BYTES = 2**24
 PIECE_ROWS = 16  # of logits compared at once
 
@@ -108,17 +114,18 @@ def read(runtime: Runtime, prompt: list[int], steps: int, chunk: int) -> tuple[l
     runtime.allocator.grow(seq.table, len(prompt) + steps)
     rows = list[Tensor]()
     while seq.num_computed < len(prompt) + steps:
-        part = replace(Chunk.of(seq, min(chunk, seq.num_pending)), scores=True)
+        count = min(chunk, seq.num_pending)
+        part = Chunk(seq, seq.num_computed, count, samples=count == seq.num_pending, scores=True)
         logits = runtime.adapter.forward(pack([part], runtime.device), runtime.kv)
         rows.append(logits.cpu())
-        seq.num_computed += part.num_tokens
+        seq.num_computed += count
         if not seq.num_pending and len(seq.tokens) < len(prompt) + steps:
             seq.tokens.append(int(logits[-1].argmax()))
     return seq.tokens, torch.cat(rows)
 
 
 def distance(found: Tensor, truth: Tensor, device: torch.device) -> dict[str, float]:
-    """KL(truth ‖ found) in nats, mean and 99th percentile over tokens; share of tokens whose likeliest is the same.
+    """KL(truth ‖ found) in nats, mean and percentiles over tokens; share of tokens whose likeliest is the same.
 
     unit_kl: with the logits of both divided by the deviation of the truth's; logit_error: relative, of all logits.
     """
@@ -130,7 +137,8 @@ def distance(found: Tensor, truth: Tensor, device: torch.device) -> dict[str, fl
         losses.append(torch.stack([divergence(a, b), divergence(a / unit, b / unit)]).cpu())
     numbers = {"top1": agree / len(truth), "logit_error": math.sqrt(lost) / float(truth.norm())}
     for name, loss in zip(("kl", "unit_kl"), torch.cat(losses, 1).numpy(), strict=True):
-        numbers |= {f"{name}_mean": float(loss.mean()), f"{name}_p99": float(np.percentile(loss, 99))}
+        numbers |= {f"{name}_mean": float(loss.mean())}
+        numbers |= {f"{name}_p{percent}": float(np.percentile(loss, percent)) for percent in (50, 99)}
     assert all(map(math.isfinite, numbers.values())), "logits are not finite"
     return {name: float(f"{number:.4g}") for name, number in numbers.items()}
 
@@ -140,22 +148,21 @@ def divergence(truth: Tensor, found: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def compare(path: Path, backend: Backend, num_tokens: int) -> dict[str, Any]:
-    """Of the prompt and of the tokens that follow it, the CUDA backend against the reference."""
-    prompt = random_ids(path, num_tokens)
-    ids, found = read(load(path, backend, num_tokens + STEPS, torch.float16), prompt, STEPS, CHUNK)
-    truth = truth_of(path, backend.device, ids)
-    parts = {"prefill": slice(0, num_tokens), "decode": slice(num_tokens, None)}
-    return {name: distance(found[rows], truth[rows], backend.device) for name, rows in parts.items()}
-
-
-def compare_with_llama(path: Path, backend: Backend, num_tokens: int) -> dict[str, Any]:
-    """The same of a prompt alone, on the cut at `path`, and llama.cpp's."""
-    ids = random_ids(path, num_tokens)
-    _, found = read(load(path, backend, num_tokens, torch.float16), ids, 0, CHUNK)
-    truth = truth_of(path, backend.device, ids)
-    answers = {"ours": found, "llama_cpp": llama_logits(path, ids)}
-    return {name: distance(logits, truth, backend.device) for name, logits in answers.items()}
+def compare(path: Path, backend: Backend | None, num_tokens: int, other: str | None) -> dict[str, Any]:
+    """Against the reference: `backend` of the prompt and of the tokens that follow it, `other` of the prompt."""
+    ids = prompt = random_ids(path, num_tokens)
+    device, numbers = torch.device("cpu"), dict[str, Any]()
+    if backend is not None:
+        device = backend.device
+        ids, found = read(load(path, backend, num_tokens + STEPS, torch.float16), prompt, STEPS, CHUNK)
+    truth = truth_of(path, device, ids)
+    if backend is not None:
+        numbers["prefill"] = distance(found[:num_tokens], truth[:num_tokens], device)
+        numbers["decode"] = distance(found[num_tokens:], truth[num_tokens:], device)
+    if other is not None:
+        answers = llama_logits(path, prompt) if other == LLAMA_CPP else stored_logits(other, truth[:num_tokens])
+        numbers["other"] = distance(answers, truth[:num_tokens], device)
+    return numbers
 
 
 def truth_of(path: Path, device: torch.device, ids: list[int]) -> Tensor:
@@ -177,9 +184,20 @@ def llama_logits(path: Path, ids: list[int]) -> Tensor:
     """By llama.cpp on the CPU, as it comes."""
     import llama_cpp
 
-    model = llama_cpp.Llama(str(path), n_ctx=len(ids) + 8, n_gpu_layers=0, logits_all=True, verbose=False)
+    nameless = {"general.name": ""}  # a synthetic file called phi-3 lacks tokens that llama.cpp then looks for
+    model = llama_cpp.Llama(
+        str(path), n_ctx=len(ids) + 8, n_gpu_layers=0, logits_all=True, verbose=False, kv_overrides=nameless
+    )
     model.eval(ids)
     return torch.from_numpy(np.array(model.scores[: len(ids)], dtype=np.float32))
+
+
+def stored_logits(file: str, like: Tensor) -> Tensor:
+    """Those in a file of float32 numbers, as many as `like` has."""
+    numbers = np.fromfile(file, dtype=np.float32)
+    if len(numbers) != like.numel():
+        raise SystemExit(f"{file} holds {len(numbers)} numbers, not {len(like)} tokens × {like.shape[1]}")
+    return torch.from_numpy(numbers).view_as(like)
 
 
 def write_cut(source: Path, target: Path, num_layers: int) -> None:
@@ -210,31 +228,50 @@ def _layer_of(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("blk.") else 0
 
 
-def measure(path: Path, backend: Backend, num_tokens: int, num_layers: int | None, folder: Path) -> dict[str, Any]:
-    if num_layers is not None:
-        write_cut(path, folder / "layers.gguf", num_layers)
-        path = folder / "layers.gguf"
-    numbers = compare(path, backend, num_tokens)
-    if find_spec("llama_cpp") is not None:
-        write_cut(path, folder / "cut.gguf", CUT_LAYERS)
-        numbers[f"at_most_{CUT_LAYERS}_layers"] = compare_with_llama(folder / "cut.gguf", backend, num_tokens)
-    return numbers
+def model_file(model: str, num_layers: int | None, folder: Path) -> Path:
+    """The file `model` names, or, in `folder`, one of so many layers: the first, or of a synthetic model made so."""
+    kind, _, name = model.partition(":")
+    is_synthetic, target = kind == "synthetic", folder / "model.gguf"
+    if num_layers is None:
+        return synthetic_model(name, Console(stderr=True)) if is_synthetic else Path(model)
+    if is_synthetic:
+        write_synthetic(target, *parse_name(name), layers=num_layers)
+    else:
+        write_cut(Path(model), target, num_layers)
+    return target
 
 
-def main() -> None:
+def export(args: argparse.Namespace) -> None:
+    args.export.mkdir(parents=True, exist_ok=True)
+    path, target = model_file(args.model[0], args.layers, args.export), args.export / "ids.txt"
+    target.write_text(" ".join(map(str, random_ids(path, args.tokens))) + "\n")
+    print(f"{path} is to read the {args.tokens} tokens in {target}")
+
+
+def measure(args: argparse.Namespace) -> None:
+    needs_gpu = args.compare is None or torch.cuda.is_available()
+    backend = CudaBackend(torch.device("cuda", 0)) if needs_gpu else None
+    numbers = dict[str, Any]()
+    for model in args.model:
+        with tempfile.TemporaryDirectory() as folder:
+            path = model_file(model, args.layers, Path(folder))
+            numbers[model.removeprefix("synthetic:")] = compare(path, backend, args.tokens, args.compare)
+    settings = {"layers": args.layers, "tokens": args.tokens, "steps": STEPS, "compare": args.compare}
+    finish("fidelity", settings, numbers, args.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a GGUF file, or synthetic:NAME:QUANT")
+    parser.add_argument("--model", required=True, nargs="+", help="GGUF files, or synthetic:NAME:QUANT")
     parser.add_argument("--layers", type=int, help="only so many of its layers (default: all)")
     parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default 512)")
+    parser.add_argument("--compare", metavar="FILE", help=f"a file of another engine's logits, or {LLAMA_CPP}")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write model.gguf and ids.txt; measure nothing")
     add_out(parser)
-    args = parser.parse_args()
-    kind, _, name = args.model.partition(":")
-    path = synthetic_model(name, Console(stderr=True)) if kind == "synthetic" else Path(args.model)
-    backend = CudaBackend(torch.device("cuda", 0))
-    with tempfile.TemporaryDirectory() as folder:
-        numbers = measure(path, backend, args.tokens, args.layers, Path(folder))
-    settings = {"model": args.model, "layers": args.layers, "tokens": args.tokens, "steps": STEPS}
-    finish("fidelity", settings, numbers, args.out)
+    args = parser.parse_args(arguments)
+    if len(args.model) > 1 and (args.export or args.compare not in (None, LLAMA_CPP)):
+        parser.error("--export and a file of logits are for one model")
+    measure(args) if args.export is None else export(args)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ SHAPES: dict[str, list[tuple[GgmlType, int, int]]] = {
         (G.Q6_K, 4096, 14336), (G.Q6_K, 128256, 4096),
     ],
     "phi": [
-        (G.Q4_K, 9216, 3072), (G.Q4_K, 3072, 3072), (G.Q4_K, 16384, 3072), (G.Q4_K, 3072, 8192),
+        (G.Q5_K, 9216, 3072), (G.Q4_K, 3072, 3072), (G.Q4_K, 16384, 3072), (G.Q4_K, 3072, 8192),
         (G.Q6_K, 32064, 3072),
     ],
     "qwen": [
@@ -85,14 +85,23 @@ class Bench:
 
         return graph_us(launch, len(matrices))
 
-    def whole_us(self, num_tokens: int) -> float:
+    def whole_us(self, num_tokens: int, slices: int | None = None) -> float:
+        """With the plan's slices of K, or others."""
         x = torch.randn(num_tokens, self.matrices[0].shape[1], device="cuda")
+        matrices = self.matrices if slices is None else self.with_slices(slices)
 
         def launch(number: int) -> None:
-            matrix = self.matrices[number % len(self.matrices)]
+            matrix = matrices[number % len(matrices)]
             self.ops.total([Part(self.linear(self.ops.to_image(x), num_tokens, matrix))])
 
-        return graph_us(launch, len(self.matrices))
+        return graph_us(launch, len(matrices))
+
+    def order_percent(self, num_tokens: int) -> float:
+        """What it costs that the slices, and so the order of addition, are the same for every number of tokens."""
+        depth = self.matrices[0].tiles.shape[1]
+        fixed = self.whole_us(num_tokens)
+        others = [self.whole_us(num_tokens, s) for s in (1, 2, 3, 4, 6, 8, 12, 16) if s <= depth]
+        return 100 * (fixed / min(fixed, *others) - 1)
 
 
 def random_raw(kind: GgmlType, n: int, k: int) -> torch.Tensor:
@@ -155,6 +164,11 @@ def candidates(num_tokens: int) -> Iterator[Variant]:
                 for sequential in (False, True):
                     if tokens >= min(num_tokens, 64) and tokens <= max(32, num_tokens):
                         yield ManyTokens(tokens, groups, depth, stages, sequential)
+    if num_tokens > 32:
+        for tokens, groups, ctas in ((64, 1, 2), (64, 1, 3), (64, 2, 2), (128, 1, 2)):
+            for sequential in (False, True):
+                if tokens <= max(64, num_tokens):
+                    yield ManyTokens(tokens, groups, 2, 4, sequential, ctas)
     if num_tokens > 128:
         for depth, warpgroups in ((1, 2), (2, 2), (1, 1)):
             yield ManyTokens(256, warpgroups, depth, 6, False)
@@ -196,6 +210,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,32,64,128,256,2048")
     parser.add_argument("--only", default="", help="only shapes whose name has this text, as in 'Q4_K 4096x4096'")
     parser.add_argument("--slices", type=int, help="instead of the plan's")
+    parser.add_argument("--order", action="store_true", help="also the cost of one order of addition for all T")
     parser.add_argument("--sweep", action="store_true", help="try many variants and slices, and print the best")
     add_out(parser)
     args = parser.parse_args()
@@ -220,6 +235,8 @@ def main() -> None:
                     "us": round(us, 2), "percent": round(100 * floor_us / us, 1),
                     "tflops": round(bench.flops * num_tokens / us / 1e6, 1), "whole_us": round(whole, 2),
                 }  # fmt: skip
+                if args.order:
+                    rows[f"T={num_tokens}"]["order_percent"] = round(bench.order_percent(num_tokens), 1)
                 print(f"  T={num_tokens} {rows[f'T={num_tokens}']} {variant}", flush=True)
                 if args.sweep:
                     sweep(bench, num_tokens, floor_us)

@@ -76,7 +76,7 @@ def _print_table(prefix: str, numbers: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _print_table(f"{prefix}{name} ", value)
         else:
-            print(f"{prefix + name:44}{value}")
+            print(f"{prefix + name:44} {value}")
 
 
 def _version(package: str) -> str:

@@ -217,6 +217,7 @@ def _random_blocks(rng: Generator, kind: GgmlType, n: int, deviation: float) -> 
     quants = rng.integers(0, 256, (n, kind.block_bytes), dtype=np.uint8)  # what is no quant is written over
     match kind:
         case G.Q4_0 | G.Q5_0 | G.Q8_0:  # of uniform integers of 4, 5 and 8 bits the deviation is
+            scale *= rng.choice((-1.0, 1.0), n)  # their mean is -1/2: with one sign it would add up over a row
             quants[:, :2] = _halves(scale / {G.Q4_0: 4.61, G.Q5_0: 9.23, G.Q8_0: 73.9}[kind])
         case G.Q5_1:
             quants[:, :2] = _halves(scale / 9.23)
@@ -228,6 +229,7 @@ def _random_blocks(rng: Generator, kind: GgmlType, n: int, deviation: float) -> 
             groups = rng.integers(20, 60, (n, 8), dtype=np.uint8)
             quants[:, 4:16] = _packed(groups)
         case G.Q6_K:
+            scale *= rng.choice((-1.0, 1.0), n)
             quants[:, 192:208] = rng.integers(20, 60, (n, 16), dtype=np.uint8)
             quants[:, 208:] = _halves(scale / (18.5 * 40))
         case G.MXFP4:  # its sixteen values have deviation 2.93, with these scales 3.87

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence as Sequences
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def walk(runtime: Runtime, texts: Sequences[list[int]], sizes: Sequences[int], g
     turn = 0
     while waiting := [i for i, seq in enumerate(seqs) if seq.num_pending]:
         chosen = [(i, min(sizes[(i + turn) % len(sizes)], seqs[i].num_pending)) for i in waiting]
-        plan = [replace(Chunk.of(seqs[i], count), scores=True) for i, count in chosen]
+        plan = [msgspec.structs.replace(Chunk.of(seqs[i], count), scores=True) for i, count in chosen]
         logits = None if graphs is None else graphs.logits(plan, None)
         if logits is None:
             logits = runtime.adapter.forward(pack(plan, runtime.device), runtime.kv)

@@ -1,7 +1,8 @@
-"""benchmarks/bench_fidelity.py on tiny models: near the truth, layers cut off, llama.cpp beside it."""
+"""benchmarks/bench_fidelity.py on tiny models: near the truth, layers cut off, another engine beside it."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,8 @@ from tests.models.test_gpt_oss import TYPES, check_types
 from tests.running import runtime_of
 from tests.workers import ROOT
 from worker_orcd.engine.score import score
+from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.synthetic import MODELS, Shape
 
 
 @pytest.fixture
@@ -47,6 +50,7 @@ def test_distance_of_distributions(bench: ModuleType) -> None:
     loss = float((share * (2 * share).log()).sum())
     numbers = bench.distance(found + 5.0, truth, torch.device("cpu"))
     assert numbers["kl_mean"] == pytest.approx(loss / 100, rel=1e-3)
+    assert numbers["kl_p50"] < 1e-12
     assert numbers["kl_p99"] == pytest.approx(loss / 100, rel=1e-3), "of 100 numbers in order, at 98.01"
     assert numbers["top1"] == 1.0
     assert numbers["logit_error"] == pytest.approx(float((found + 5.0 - truth).norm() / truth.norm()), rel=1e-3)
@@ -55,12 +59,8 @@ def test_distance_of_distributions(bench: ModuleType) -> None:
     assert bench.distance(found, truth, torch.device("cpu"))["top1"] == 0.5
 
 
-@pytest.mark.parametrize("device", [pytest.param("emulated", marks=ON_EMULATED), pytest.param("cuda", marks=ON_GPU)])
-def test_a_cut_beside_llama_cpp(
-    device: str, model: Path, bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """llama.cpp is played by the reference, so its figures must be nearly nothing, on the layers it is given."""
-    seen = []
+def played_llama_cpp(seen: list[int]) -> ModuleType:
+    """llama_cpp played by the reference backend; adds to `seen` the number of layers it is given."""
 
     def llama(path: str, **settings: object) -> SimpleNamespace:
         assert settings["n_gpu_layers"] == 0
@@ -71,19 +71,64 @@ def test_a_cut_beside_llama_cpp(
 
     played = ModuleType("llama_cpp")
     played.Llama = llama  # type: ignore[attr-defined]
-    played.__spec__ = SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "llama_cpp", played)
+    return played
+
+
+@pytest.mark.parametrize("device", [pytest.param("emulated", marks=ON_EMULATED), pytest.param("cuda", marks=ON_GPU)])
+def test_a_cut_beside_llama_cpp(
+    device: str, model: Path, bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp is played by the reference, so its figures must be nearly nothing, on the layers it is given."""
+    seen = list[int]()
+    monkeypatch.setitem(sys.modules, "llama_cpp", played_llama_cpp(seen))
     monkeypatch.setattr(bench, "STEPS", 3)
-    backend = backend_on(device)
-    numbers = bench.measure(model, backend, 20, 1, tmp_path)
-    assert seen == [1]
-    assert set(numbers) == {"prefill", "decode", "at_most_2_layers"}
-    numbers = bench.measure(model, backend, 20, None, tmp_path)
-    assert seen == [1, 2]
-    beside = numbers.pop("at_most_2_layers")
-    assert beside["llama_cpp"]["kl_mean"] < 1e-8
-    for found in (*numbers.values(), beside["ours"]):
-        assert 1e-6 < found["kl_mean"] < 0.05
-        assert 1e-4 < found["logit_error"] < 0.1
-        assert found["kl_p99"] >= found["kl_mean"] / 2
-        assert found["top1"] >= 0.6
+    for layers in (1, None):
+        path = bench.model_file(str(model), layers, tmp_path)
+        numbers = bench.compare(path, backend_on(device), 20, "llama.cpp")
+        assert numbers.pop("other")["kl_mean"] < 1e-8
+        assert set(numbers) == {"prefill", "decode"}
+        for found in numbers.values():
+            assert 1e-6 < found["kl_mean"] < 0.05
+            assert 1e-4 < found["logit_error"] < 0.1
+            assert found["kl_p99"] >= found["kl_mean"] / 2
+            assert found["top1"] >= 0.6
+    assert seen[0] == 1 < seen[1] == len(runtime_of(model).kv)
+
+
+def test_another_engine_through_files(
+    model: Path,
+    bench: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is exported is what is compared later, and logits for other ids or of another length are found out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder, logits = tmp_path / "out", str(tmp_path / "logits")
+    bench.main(["--model", str(model), "--layers", "1", "--tokens", "20", "--export", str(folder)])
+    ids = [int(word) for word in (folder / "ids.txt").read_text().split()]
+    runtime = runtime_of(folder / "model.gguf")
+    assert len(runtime.kv) == 1
+    assert len(ids) == 20
+
+    def compared(answers: torch.Tensor) -> dict[str, float]:
+        answers.numpy().tofile(logits)
+        bench.main(["--model", str(folder / "model.gguf"), "--tokens", "20", "--compare", logits])
+        numbers = json.loads(capsys.readouterr().out.splitlines()[-1])["numbers"]
+        return dict(numbers[str(folder / "model.gguf")]["other"])
+
+    answers = score(runtime, ids, 64)
+    assert compared(answers)["kl_mean"] < 1e-8
+    assert compared(answers.flip(0))["kl_mean"] > 1e-4
+    with pytest.raises(SystemExit, match="not 20 tokens"):
+        compared(answers[1:])
+    with pytest.raises(SystemExit):
+        bench.main(["--model", str(model), str(model), "--compare", logits])
+
+
+def test_a_synthetic_model_of_few_layers(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Shape("qwen2", 4, 64, 96, 4, 2, 16, 500, 128, tied=True)
+    monkeypatch.setitem(MODELS, "tiny", tiny)
+    with GgufFile.open(bench.model_file("synthetic:tiny:Q8_0", 2, tmp_path)) as gguf:
+        assert gguf.metadata["qwen2.block_count"] == 2
+        assert {name.split(".")[1] for name in gguf.tensors if name.startswith("blk.")} == {"0", "1"}

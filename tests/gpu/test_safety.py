@@ -95,6 +95,20 @@ PRODUCTS: dict[str, tuple[str, Call]] = {
         lambda: LINEAR(shifted(*image_shape(2, 256), dtype=torch.bfloat16), 2, matrix()),
     ),
     "tiles elsewhere": ("lies on meta", lambda: LINEAR(image(2, 256), 2, tiled(tiles(64, 256, META), Q8, (64, 256)))),
+    "an image of another width than both": ("2 rows of 256", lambda: LINEAR.pair(image(2, 512), 2, *[matrix()] * 2)),
+    "an image of another width than the second": (
+        "2 rows of 512",
+        lambda: LINEAR.pair(image(2, 256), 2, matrix(), tiled(tiles(64, 512), Q8, (64, 512))),
+    ),
+    "an image of fewer rows for two": ("9 rows of 256", lambda: LINEAR.pair(image(8, 256), 9, *[matrix()] * 2)),
+    "an image elsewhere for two": (
+        "lies on meta",
+        lambda: LINEAR.pair(image(2, 256, device=META), 2, *[matrix()] * 2),
+    ),
+    "tiles of the second elsewhere": (
+        "lies on meta",
+        lambda: LINEAR.pair(image(2, 256), 2, matrix(), tiled(tiles(64, 256, META), Q8, (64, 256))),
+    ),
 }
 
 
@@ -284,6 +298,7 @@ def test_what_is_right_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_launch", launched)
     right: list[Call] = [
         lambda: LINEAR(image(2, 256), 2, matrix()),
+        lambda: LINEAR.pair(image(2, 256), 2, matrix(), matrix()),
         route,
         multiplied,
         lambda: OPS.add_norm(zeros(4, 96), Part(zeros(1, 4, 96)), norm(96)),

@@ -59,9 +59,17 @@ class Edges:
                     assert self.ops.total([sums]).isfinite().all()
             rows = torch.tensor([n - 1, 0, n // 2], device=self.gpu.device)
             assert self.ops.embed(rows, matrix.tiles, kind, (n, k)).isfinite().all()
+        self.pair(kind, k)
         if self.gpu.card.has_wgmma:
             check_variants(kind, (136, 1024), 3, self.gpu)
         self.experts(kind, k)
+
+    def pair(self, kind: GgmlType, k: int) -> None:
+        """Beside the smallest matrix of another format."""
+        first, second = self.matrix(kind, self.widest, k), self.matrix(GgmlType.Q8_0, 1, k)
+        for num_rows in (1, 9):
+            sums = Linear(self.gpu).pair(self.ops.to_image(self.random(num_rows, k)), num_rows, first, second)
+            assert all(y.isfinite().all() for y in sums)
 
     def experts(self, kind: GgmlType, k: int) -> None:
         experts, matrix = ExpertOps(self.gpu, self.ops), self.matrix(kind, 48, k, 5)

@@ -268,7 +268,7 @@ print(built.asm["ptx"])
         ("fold_kernel", 3, {}),
     ],
 )
-def test_only_integers_are_read_before_the_kernel_before_has_ended(name: str, num_stages: int, changes: object) -> None:
+def test_only_integers_are_read_before_the_one_ahead_has_ended(name: str, num_stages: int, changes: object) -> None:
     command = [sys.executable, "-c", COMPILE_FOR_HOPPER, name, str(num_stages), repr(changes)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -369,6 +369,8 @@ def test_tiles_of_any_shape_give_the_same_bits(form: Form, dtype: torch.dtype) -
         (128, 4, 2),
         (128, 8, 3),
     ]:
+        if rows < form.group:
+            continue
         out = torch.full_like(q, math.nan)
         call = Call(out, q, *world.cache, pages_of(world, chunks), form, None)
         kernels.launch_prompts(call, Launch(rows, num_warps, num_stages))

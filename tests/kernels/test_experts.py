@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.kernels.conftest import NO_COMPILER
 from tests.kernels.emulator.gpu import EmulatedGpu
 from tests.kernels.weights import dequantized, random_raw
-from worker_orcd.backends.base import Backend, Experts, Operand, PackedWeight, Part, SharedExpert
+from worker_orcd.backends.base import Backend, Experts, Norm, Operand, PackedWeight, SharedExpert
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.backends.torch_ref import TorchBackend
 from worker_orcd.gguf.types import GgmlType
@@ -101,8 +101,11 @@ def test_experts(kind: GgmlType, is_shared: bool, gpu: Gpu) -> None:
 
     def found(rows: Tensor) -> Tensor:
         image = Operand(backend._ops.to_image(rows), *rows.shape)
-        (part,) = backend.experts(image, experts)
-        return backend.total((Part(part.slices.contiguous(), None),))
+        sums = backend.experts(image, experts)
+        total = backend.total(sums)
+        added, _ = backend.add_norm(torch.zeros_like(rows), sums, Norm(torch.ones(256, device=rows.device), 1e-5))
+        assert torch.equal(added, total), "who adds to the residual stream mixes as `combine` does"
+        return total
 
     whole = found(x)
     expected = reference.total(reference.experts(Operand(x.bfloat16().float(), *x.shape), truth))
@@ -128,8 +131,8 @@ def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
 
 
 def test_units_hold_about_what_an_expert_has() -> None:
-    assert [unit_rows(pairs, 32, True) for pairs in (4, 128, 129, 512, 1024, 8192)] == [8, 8, 16, 32, 64, 128]
-    assert [unit_rows(pairs, 32, False) for pairs in (4, 129, 257, 8192)] == [8, 16, 32, 32]
+    assert [unit_rows(pairs, 32, True) for pairs in (4, 128, 129, 512, 1024, 8192)] == [8, 8, 16, 24, 48, 128]
+    assert [unit_rows(pairs, 32, False) for pairs in (4, 129, 512, 8192)] == [8, 16, 32, 32]
 
 
 def test_what_does_not_match_is_refused_before_a_launch(gpu: Gpu) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,12 @@ from tests.kernels.conftest import NO_GPU
 from tests.kernels.weights import dequantized, random_raw
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.gpu import Gpu
-from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, tiled
+from worker_orcd.kernels.driver import Argument
+from worker_orcd.kernels.gpu import Card, Gpu, Work
+from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, plan_pair, tiled
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
+from worker_orcd.kernels.source import Source
 from worker_orcd.quant.format import FORMATS
 from worker_orcd.quant.repack import pack
 
@@ -121,6 +124,66 @@ def test_variants_of_some_formats_give_the_same_bits(kind: GgmlType, slices: int
     check_variants(kind, (72, 1024), slices, gpu)
 
 
+PAIRS = [  # formats, slices, K, launches for few rows
+    (GgmlType.Q5_0, GgmlType.Q8_0, (1, 1), 416, 1),
+    (GgmlType.Q4_K, GgmlType.Q6_K, (3, 2), 1280, 1),
+    (GgmlType.Q4_K, GgmlType.Q5_0, (1, 4), 1280, 1),
+    (GgmlType.BF16, GgmlType.F32, (4, 1), 413, 1),
+    (GgmlType.Q8_0, GgmlType.F16, (2, 1), 416, 2),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "slices", "k", "launches"), PAIRS)
+def test_a_pair_gives_the_bits_of_two_calls(
+    first: GgmlType,
+    second: GgmlType,
+    slices: tuple[int, int],
+    k: int,
+    launches: int,
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both end inside a tile; emulated, a warp takes several strips. Two launches where registers are not alike."""
+    linear, ops, x = Linear(gpu), Ops(gpu), rows_of(k, gpu)
+    n = 5004 if is_real(gpu) else 300
+    one, two = (
+        replace(matrix_of(kind, (n, k), gpu)[0], plan=plan_linear(n, k, kind, count))
+        for kind, n, count in zip((first, second), (n, 70), slices, strict=True)
+    )
+    launched: list[str] = []
+    launch = gpu.launch
+
+    def watched(source: Source, name: str, work: Work, args: Sequence[Argument]) -> None:
+        launched.append(name)
+        launch(source, name, work, args)
+
+    for num_rows in (1, 8, 9, 16, 17):
+        image = ops.to_image(x[:num_rows])
+        expected = linear(image, num_rows, one), linear(image, num_rows, two)
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu, "launch", watched)
+            found = linear.pair(image, num_rows, one, two)
+        assert all(map(torch.equal, found, expected))
+        assert len(launched) == (launches if num_rows <= 16 else 2)
+        launched.clear()
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize(("n", "k"), [((1024, 128), 896), ((5120, 1024), 4096), ((14336, 14336), 4096)])
+def test_a_pair_fills_the_card_once(n: tuple[int, int], k: int, num_rows: int) -> None:
+    """x of either fits into a block's shared memory, and each matrix has its part of the blocks."""
+    plans = plan_linear(n[0], k, GgmlType.Q4_K), plan_linear(n[1], k, GgmlType.Q6_K)
+    for first, second in (plans, plans[::-1]):
+        pair = plan_pair(first, second, num_rows, Card(True, 227 * 1024), 132)
+        assert pair is not None
+        assert pair.shared_bytes >= max(map(first.shared_bytes, pair.variants))
+        assert pair.shared_bytes >= max(map(second.shared_bytes, pair.variants))
+        blocks = pair.blocks[0] * first.slices + pair.blocks[1] * second.slices
+        assert blocks <= 132 * pair.variants[0].ctas
+        for plan, count in zip((first, second), pair.blocks, strict=True):
+            assert plan.shape[0] <= 3 * 16 * count * pair.variants[0].warps, "more than three strips for a warp"
+
+
 def test_a_row_that_is_not_a_number_stays_alone(gpu: Gpu) -> None:
     kind = GgmlType.Q5_0
     matrix, _ = matrix_of(kind, shapes(kind, gpu)[-1], gpu)
@@ -151,6 +214,17 @@ def test_a_card_that_adds_in_another_order_is_refused(gpu: Gpu) -> None:
 
     with pytest.raises(CudaError, match="adds products in another order"):
         check_equal_bits(Other(gpu), Ops(gpu), gpu.device)
+
+
+def test_every_code_and_exponent_of_mxfp4_is_exact(gpu: Gpu) -> None:
+    """Rows of the identity pick out numbers, from 2^-110, whose operand is bf16's smallest, to the largest."""
+    kind, shape = GgmlType.MXFP4, (127, 32)
+    raw = torch.empty(shape[0], 17, dtype=torch.uint8)
+    raw[:, 0] = torch.arange(shape[0]) + 18
+    raw[:, 1:] = torch.arange(16) * 0x11  # each code in both halves of the block
+    matrix = tiled(pack(raw.flatten().to(gpu.device), kind, shape), kind, shape)
+    found = product(gpu, torch.eye(shape[1], device=gpu.device), matrix)
+    assert torch.equal(found.T.double(), dequantized(kind, raw.flatten(), *shape).to(gpu.device))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels import nvrtc
 from worker_orcd.kernels.gpu import Card
-from worker_orcd.kernels.linear.linear import kernel_of
+from worker_orcd.kernels.linear.linear import kernel_of, pair_kernel_of, plan_pair
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear
 from worker_orcd.kernels.ops.ops import KV_BITS, embed_source
 from worker_orcd.kernels.ops.sample import SOURCE
@@ -49,9 +49,20 @@ def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
         assert name.encode() in code
 
 
+@EVERY_CARD
+@pytest.mark.parametrize("num_rows", [1, 16])
+def test_a_pair_compiles(num_rows: int, arch: str) -> None:
+    """q and k beside v, as files of Llama 8B store them."""
+    first, second = plan_linear(5120, 4096, GgmlType.Q4_K), plan_linear(1024, 4096, GgmlType.Q6_K)
+    pair = plan_pair(first, second, num_rows, CARDS[arch], 132)
+    assert pair is not None
+    source, name = pair_kernel_of(first.type, second.type, pair.variants)
+    assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
+
+
 OTHERS = [
-    ("add_norm", defined(WIDTH=4096, CLUSTER=1, BLOCK=512, AHEAD=8)),
-    ("add_norm", defined(WIDTH=36, CLUSTER=1, BLOCK=64, AHEAD=1)),
+    ("add_norm", defined(WIDTH=4096, CLUSTER=1, BLOCK=512, AHEAD=8, USED=0)),
+    ("add_norm", defined(WIDTH=36, CLUSTER=1, BLOCK=64, AHEAD=1, USED=4)),
     *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2, AHEAD=4)) for bits in KV_BITS.values()),
     *(("activate", defined(ACTIVATION=kind, GATED=1, AHEAD=2)) for kind in ("SILU", "GELU", "GELU_TANH", "CLAMPED")),
     ("activate", defined(ACTIVATION="GELU", GATED=0, AHEAD=1)),

@@ -78,13 +78,13 @@ def test_where_a_nibble_lies(row: int, k: int) -> None:
 
 
 def test_a_code_of_mxfp4_lies_under_the_bits_of_bf16() -> None:
-    """Pairs 0 to 3 of a word come to 0x81C0 in each half by no shift, << 3, << 6 and << 1, >> 3 and << 2."""
-    for pair, (magnitude, sign) in enumerate([(0, 0), (3, 3), (6, 1), (-3, 2)]):
-        k = 4 * (pair // 2) + 2 * (pair % 2) + 1  # of the pair the upper half
-        bits = word(one_element(GgmlType.MXFP4, 1, 0, k, 0b1101), 0) >> 16
-        moved = bits << magnitude if magnitude >= 0 else bits >> -magnitude
-        assert moved & 0x01C0 == 0b101 << 6
-        assert bits << sign & 0x8000
+    """Pairs 0 to 3 of a word come to 0x81C0 in each half: as they are, << 3, turned by 6, and that times 0x4108."""
+    for k in range(8):
+        for code in range(16):
+            bits = word(one_element(GgmlType.MXFP4, 1, 0, k, code), 0)
+            turned = bits << 6 & 0xFFFFFFFF | bits >> 26
+            moved = (bits, bits << 3, turned, (turned & 0x001B001B) * 0x4108)[k // 2]
+            assert moved & 0x81C081C0 == ((code & 8) << 12 | (code & 7) << 6) << 16 * (k % 2)
 
 
 def test_bytes_of_q8_0_are_stored_with_the_sign_bit_flipped() -> None:

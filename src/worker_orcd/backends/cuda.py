@@ -50,6 +50,13 @@ class PackedWeight(base.PackedWeight):
     matrix: TiledMatrix
 
 
+@dataclass(frozen=True)
+class Mixed(base.Part):
+    """What experts gave, f32 [S, P, N]; the rows meant, [T, N], are weighted sums over those of each row."""
+
+    routing: Routing
+
+
 class CudaBackend:
     """Operands are images of `kernels/ops`, sums the slices that the matmuls of `kernels/linear` leave."""
 
@@ -103,14 +110,17 @@ class CudaBackend:
         return self._ops.embed(tokens, table.parts[0], table.type, table.shape)
 
     def linear(self, x: Operand, projection: Projection) -> Sums:
-        return tuple(base.Part(self._product(x, weight), bias) for weight, bias in projection)
-
-    def _product(self, x: Operand, weight: base.PackedWeight) -> Tensor:
-        assert isinstance(weight, PackedWeight)
-        return self._linear(x.data, x.num_rows, weight.matrix)
+        matrices, biases = [_matrix(weight) for weight, _ in projection], [bias for _, bias in projection]
+        if len(matrices) == 2:
+            sums: Sequence[Tensor] = self._linear.pair(x.data, x.num_rows, *matrices)
+        else:
+            sums = [self._linear(x.data, x.num_rows, matrix) for matrix in matrices]
+        return tuple(base.Part(y, bias) for y, bias in zip(sums, biases, strict=True))
 
     def total(self, sums: Sums) -> Tensor:
         first = sums[0]
+        if isinstance(first, Mixed):
+            return self._experts.combine(_part(sums), first.routing)
         if len(sums) == 1 and len(first.slices) == 1 and first.bias is None:
             return first.slices[0]
         return self._ops.total(_parts(sums))
@@ -166,11 +176,13 @@ class CudaBackend:
         spread = self._experts.spread(x.data, routing)
         gate_up = [self._grouped(spread, weight, bias, experts, routing) for weight, bias in experts.gate_up]
         width = sum(part.slices.shape[2] for part in gate_up) // 2
-        image = self._ops.activate(gate_up, width, experts.activation)
+        image = self._ops.activate(gate_up, width, experts.activation, places=routing.places)
         ((down, bias),) = experts.down
-        y = self._experts.combine(self._grouped(image, down, bias, experts, routing), routing)
+        given = self._grouped(image, down, bias, experts, routing)
         shared = self._shared(x, experts)
-        return (base.Part(y[None] if shared is None else torch.stack([y, shared]), None),)
+        if shared is None:
+            return (Mixed(given.slices, given.bias, routing),)
+        return (base.Part(torch.stack([self._experts.combine(given, routing), shared]), None),)
 
     def _grouped(
         self, image: Tensor, weight: base.PackedWeight, bias: Tensor | None, experts: Experts, routing: Routing
@@ -190,6 +202,11 @@ class CudaBackend:
         return self.total(self.linear(h, shared.down)) * gate
 
 
+def _matrix(weight: base.PackedWeight) -> TiledMatrix:
+    assert isinstance(weight, PackedWeight)
+    return weight.matrix
+
+
 def _operand(image: Tensor | None, num_rows: int, width: int) -> Operand:
     assert image is not None
     return Operand(image, num_rows, width)
@@ -201,6 +218,9 @@ def _parts(sums: Sums) -> list[ops.Part]:
 
 def _part(sums: Sums) -> ops.Part:
     (part,) = sums  # what is added to the residual stream comes from one matrix
+    if isinstance(part, Mixed):
+        routing = part.routing
+        return ops.Part(part.slices, part.bias, routing.experts, ops.Mix(routing.places, routing.weights))
     return ops.Part(part.slices, part.bias)
 
 

@@ -187,7 +187,8 @@ class Call:
 
 
 def prompt_launch(form: Form) -> Launch:
-    return Launch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= 128 else 8, 3)
+    stages = 5 if form.head_dim <= 64 else 3
+    return Launch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= 128 else 8, stages)
 
 
 def decode_launch(form: Form, num_seqs: int, max_splits: int, itemsize: int = 2) -> Launch:
@@ -195,16 +196,16 @@ def decode_launch(form: Form, num_seqs: int, max_splits: int, itemsize: int = 2)
 
     A stage goes to the block table, which must be there before the keys it leads to: with 3 stages the next tile is
     asked for once this one is used up, with 5 meanwhile. Few programs need that; many hide each other's waits, and
-    the more of them a multiprocessor holds the better. 128 registers a thread are four programs of four warps, so
-    that PROGRAMS are one wave; without the bound they are three, and two waves.
+    two warps do for each.
     """
     rows = max(DECODE_ROWS, triton.next_power_of_2(form.group))
     num_parts = max(1, min(max_splits, PROGRAMS // (num_seqs * form.num_kv_heads)))
-    if num_seqs * form.num_kv_heads * num_parts > PROGRAMS // 2:
-        fits = rows == DECODE_ROWS and form.head_dim <= 128
-        return Launch(rows, 4, 3, num_parts, 128 if fits else None)
+    programs = num_seqs * form.num_kv_heads * num_parts
+    if programs > PROGRAMS // 2:
+        return Launch(rows, 2 if form.head_dim <= 128 else 4, 3, num_parts)
     fits = rows <= 2 * DECODE_ROWS and itemsize <= 2  # two more tiles in the 99 KiB that the smaller GPUs have
-    return Launch(rows, 4, 5 if fits else 3, num_parts)
+    is_light = form.head_dim <= 64 and programs > PROGRAMS // 8
+    return Launch(rows, 2 if is_light else 4, 5 if fits else 3, num_parts)
 
 
 def launch_prompts(call: Call, launch: Launch) -> None:

@@ -113,12 +113,17 @@ def _q8_0(type: GgmlType) -> list[Tensor]:
 
 
 def _mxfp4(type: GgmlType) -> list[Tensor]:
-    """Codes so that one shift brings each pair to the sign, low exponent and top mantissa bits of bf16."""
-    halves = rearrange(_nibbles(type, 1), ELEMENT, NIBBLES).view(-1, 4, 4)  # [16-bit halves, pair, bit]
-    low_magnitude = [(2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (0, 0), (0, 1), (0, 2), (3, 0), (3, 1), (3, 2)]
-    signs = [(1, 3), (3, 3), (2, 3), (0, 3)]
-    order = torch.tensor([4 * pair + bit for pair, bit in low_magnitude + signs])
-    codes = halves.flatten(1)[:, order].flatten()
+    """Codes so that few instructions bring each pair to the sign, low exponent and top mantissa bits of bf16.
+
+    Those are bits 15 and 8 to 6 of each half. Pair 0 lies there, pair 1 three bits below, pair 2 six. Pair 3 has what
+    is left; the word turned by six brings its bits to the other half, so its two codes change places.
+    """
+    halves = rearrange(_nibbles(type, 1), ELEMENT, NIBBLES).view(-1, 2, 4, 4).clone()  # [words, half, pair, bit]
+    halves[:, :, 3] = halves[:, :, 3].flip(1)
+    lower = [(2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (0, 0), (0, 1), (0, 2)]
+    upper = [(2, 3), (3, 2), (3, 3), (1, 3), (3, 0), (3, 1), (0, 3)]
+    order = torch.tensor([4 * pair + bit for pair, bit in lower + upper])
+    codes = halves.flatten(2)[..., order].flatten()
     return [codes, rearrange(_number(type, 0, 8), BLOCK32, PAIRS)]
 
 

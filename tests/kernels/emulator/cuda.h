@@ -235,6 +235,9 @@ static inline float __int_as_float(int v) { return __uint_as_float(v); }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline u32 __funnelshift_l(u32 low, u32 high, u32 by) {
+  return (u32)(((u64)high << 32 | low) << (by & 31) >> 32);
+}
 static inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   const u64 both = (u64)b << 32 | a;
   u32 out = 0;

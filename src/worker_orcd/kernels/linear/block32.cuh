@@ -168,11 +168,12 @@ struct MXFP4 : Nibbles {  // 2^(E - 127) e2m1: sign, exponent and mantissa are m
   DEVICE void expand(int, int pair, u32* even, u32* odd) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-      u32 w = words[pair * 2 + row];
+      u32 w = words[pair * 2 + row], turned = __funnelshift_l(w, w, 6);  // not << and >>: nvcc would shift twice
       even[row] = mul_bf16x2(w & 0x81C081C0u, scale[row]);
-      even[2 + row] = mul_bf16x2((w << 3) & 0x81C081C0u, scale[row]);
-      odd[row] = mul_bf16x2(((w << 6) & 0x01C001C0u) | ((w << 1) & MINUS_X2), scale[row]);
-      odd[2 + row] = mul_bf16x2(((w >> 3) & 0x01C001C0u) | ((w << 2) & MINUS_X2), scale[row]);
+      even[2 + row] = mul_bf16x2(w << 3 & 0x81C081C0u, scale[row]);
+      odd[row] = mul_bf16x2(turned & 0x81C081C0u, scale[row]);
+      // what is left lies apart: << 3, << 8 and << 14 at once, whose bits do not meet
+      odd[2 + row] = mul_bf16x2((turned & 0x001B001Bu) * 0x4108u & 0x81C081C0u, scale[row]);
     }
   }
 };

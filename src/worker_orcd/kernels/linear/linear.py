@@ -6,7 +6,7 @@ and qgemm add in the same order, and mma.sync and wgmma give equal bits (`check_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
-from worker_orcd.kernels.gpu import Gpu, Work
-from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear
+from worker_orcd.kernels.gpu import Card, Gpu, Work
+from worker_orcd.kernels.linear.plan import FEW_TOKENS, FewTokens, LinearPlan, ManyTokens, Variant, plan_linear
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
@@ -24,8 +24,10 @@ from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 MAX_SLICES = 65_535  # a grid's second axis
 ROWS_WITH_PARTIALS = 128  # rows for which slices write partial sums; more are taken in turns
-REGISTERS = {(1, 1): (216, 40), (2, 1): (232, 40), (3, 1): (152, 32), (4, 1): (112, 24), (2, 2): (104, 24)}
-# consumers', producer's; by warpgroups and blocks on a multiprocessor
+REGISTERS = {  # consumers', producer's; by warpgroups and blocks on a multiprocessor
+    (1, 1): (216, 40), (2, 1): (232, 40), (3, 1): (152, 32), (4, 1): (112, 24),
+    (1, 2): (216, 40), (2, 2): (104, 24), (1, 3): (136, 24),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1)
     return TiledMatrix(type, shape, tiles, plan_linear(*shape, type), count)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """How two matrices are multiplied in one launch; nothing in it changes a bit of the results."""
+
+    variants: tuple[FewTokens, FewTokens]  # alike in all but the depth
+    blocks: tuple[int, int]  # that share the strips of each, for every slice
+    shared_bytes: int  # of a block
+
+
 class Linear:
     """The matmuls on one GPU."""
 
@@ -86,6 +97,27 @@ class Linear:
         if num_rows:
             self.multiply(image, matrix, variant, out)
         return out
+
+    def pair(self, image: Tensor, num_rows: int, first: TiledMatrix, second: TiledMatrix) -> tuple[Tensor, Tensor]:
+        """The sums of two matrices, each as a call of its own gives them; few rows take one launch where they can.
+
+        Raises ValueError as a call does.
+        """
+        pair = plan_pair(first.plan, second.plan, num_rows, self._gpu.card, self._gpu.num_sms)
+        if pair is None:
+            return self(image, num_rows, first), self(image, num_rows, second)
+        self._check(image, num_rows, first)
+        self._check(image, num_rows, second)
+        (variant, _), args, outs, blocks = pair.variants, list[Argument](), list[Tensor](), 0
+        for matrix, share in zip((first, second), pair.blocks, strict=True):
+            n, slices = matrix.shape[0], matrix.plan.slices
+            outs.append(torch.empty(slices, num_rows, n, device=self._gpu.device))
+            args += [matrix.tiles, outs[-1], n, matrix.tiles.shape[1], slices, share]
+            blocks += slices * share
+        source, name = pair_kernel_of(first.type, second.type, pair.variants)
+        work = Work((blocks, 1, -(-num_rows // (8 * variant.groups))), variant.warps * 32, pair.shared_bytes)
+        self._gpu.launch(source, name, work, [*args, image, num_rows, image.shape[1]])
+        return outs[0], outs[1]
 
     def compile_ahead(self, matrix: TiledMatrix) -> None:
         """Begin to compile what `matrix` will need, on other threads."""
@@ -159,6 +191,49 @@ def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[
         GROUPED=int(grouped),
     )
     return Source("linear", "qmm.cu", options), "qmm"
+
+
+@lru_cache(maxsize=1024)
+def pair_kernel_of(first: GgmlType, second: GgmlType, variants: tuple[FewTokens, FewTokens]) -> tuple[Source, str]:
+    """The source for two formats, and the name of its function."""
+    source, _ = kernel_of(first, variants[0])
+    options = defined(SECOND=second.name, SECOND_DEPTH=variants[1].depth)
+    return replace(source, options=(*source.options, *options)), "qmm_pair"
+
+
+@lru_cache(maxsize=1024)
+def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, num_sms: int) -> Pair | None:
+    """None where a launch of its own is better for each: many rows, or plans with other numbers of registers."""
+    if not 0 < num_rows <= FEW_TOKENS:
+        return None
+    one, two = first.variant(num_rows, card), second.variant(num_rows, card)
+    assert isinstance(one, FewTokens)
+    assert isinstance(two, FewTokens)
+    if (one.groups, one.warps * one.ctas) != (two.groups, two.warps * two.ctas):
+        return None
+    one = replace(one, early=one.early and two.early)
+    most = one.ctas * num_sms // -(-num_rows // (8 * one.groups))
+    shared = max(first.shared_bytes(one), second.shared_bytes(one))
+    return Pair((one, replace(one, depth=two.depth)), _divided(first, second, one.warps, most), shared)
+
+
+def _divided(first: LinearPlan, second: LinearPlan, warps: int, most: int) -> tuple[int, int]:
+    """Of `most` blocks, those for a slice of each, so that no warp has many more bytes to read than others."""
+
+    def strips(plan: LinearPlan) -> int:
+        return tile_grid(plan.type, plan.shape)[0]
+
+    def longest(plan: LinearPlan, blocks: int) -> int:
+        return -(-strips(plan) // (blocks * warps)) * plan.longest_slice_tiles * tile_bytes(plan.type)
+
+    def fit(plan: LinearPlan, left: int) -> int:
+        return max(1, min(-(-strips(plan) // warps), left // plan.slices))
+
+    divisions = [
+        (blocks, fit(second, most - blocks * first.slices))
+        for blocks in range(1, fit(first, most - second.slices) + 1)
+    ]
+    return min(divisions, key=lambda d: sorted((longest(first, d[0]), longest(second, d[1])), reverse=True))
 
 
 def check_equal_bits(linear: Linear, ops: Ops, device: torch.device) -> None:

@@ -7,6 +7,8 @@
 // CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
+// With SECOND, another format, and its SECOND_DEPTH there is `qmm_pair` instead: two matrices times the same x.
+#define READ_ONCE
 #include "async.cuh"
 #include "weight.cuh"
 
@@ -33,27 +35,23 @@ DEVICE void load_x(u32 to, const char* from, int pieces, int T8, u32 barrier) {
 #endif
 }
 
+struct Share {  // what a CTA takes of a matrix: strips block, block + blocks ..., each WARPS at a time, of one K slice
+  int block, blocks, slice, slices;
+};
+
 // w: tiles [strips][nk]; x: image [nk STAGES_X][T8][8 tokens][8 units of 16 bytes, unit ^ token]; y: [slices][T][N]
-extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
-qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8
-#if GROUPED
-    , const int* __restrict__ owners, int share
-#endif
-) {
+template <class Weight, int AHEAD>
+DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int T, int T8, Share share) {
   extern __shared__ __align__(1024) char shared[];
+  constexpr int CHUNKS = Weight::TILE_K / 128, STAGES_X = Weight::TILE_K / 64;
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be warp-uniform
-  const int S = gridDim.y, slice = blockIdx.y, z = blockIdx.z;
+  const int S = share.slices, slice = share.slice, z = blockIdx.z;
   const int k0 = nk * slice / S, nt = nk * (slice + 1) / S - k0, pieces = nt * STAGES_X;
-  const int strips = (N + 15) / 16, step = gridDim.x * WARPS;
-  int strip = blockIdx.x * WARPS + warp;
+  const int strips = (N + 15) / 16, step = share.blocks * WARPS;
+  int strip = share.block * WARPS + warp;
   const int total = strip < strips ? (strips - strip + step - 1) / step * nt : 0;  // tiles of this warp
 
   const u64 strip_bytes = (u64)nk * Weight::TILE_BYTES;
-#if GROUPED
-  const int owner = fresh(owners + z / share);  // known before the kernel ahead began: see `spread` in ops/rows.cu
-  if (owner < 0) return;
-  w += (u64)owner * strips * strip_bytes;
-#endif
   const char* src = w + strip * strip_bytes + (u64)k0 * Weight::TILE_BYTES;
   int fetched = 0;
   auto fetch = [&](Weight& r) {
@@ -61,9 +59,9 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
     src += Weight::TILE_BYTES;
     if (++fetched == nt) fetched = 0, src += step * strip_bytes - (u64)nt * Weight::TILE_BYTES;
   };
-  Weight r[DEPTH];
+  Weight r[AHEAD];
 #pragma unroll
-  for (int i = 0; i < DEPTH; i++)
+  for (int i = 0; i < AHEAD; i++)
     if (i < total) fetch(r[i]);
   start_next_kernel();
 #if EARLY
@@ -75,7 +73,7 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 #pragma unroll
       for (int p = 0; p < 4; p++) r[0].expand(h, p, first_even[h * 4 + p], first_odd[h * 4 + p]);
     }
-    if (DEPTH < total) fetch(r[0]);
+    if (AHEAD < total) fetch(r[0]);
   }
 #endif
   const u32 barrier = shared_address(shared), xs = barrier + 1024;
@@ -142,13 +140,42 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 #if EARLY
   if (total) compute(r[0], true);
 #endif
-  for (int i = EARLY; i < total; i += DEPTH) {  // tile i lies in r[i % DEPTH]
+  for (int i = EARLY; i < total; i += AHEAD) {  // tile i lies in r[i % AHEAD]
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
+    for (int d = 0; d < AHEAD; d++) {
       if (i + d >= total) break;
-      Weight& tile = r[(EARLY + d) % DEPTH];
+      Weight& tile = r[(EARLY + d) % AHEAD];
       compute(tile, false);
-      if (i + d + DEPTH < total) fetch(tile);
+      if (i + d + AHEAD < total) fetch(tile);
     }
   }
 }
+
+#ifdef SECOND
+// the blocks of all slices of one matrix, then those of the other
+extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
+qmm_pair(const char* __restrict__ w, float* __restrict__ y, int N, int nk, int slices, int blocks,
+         const char* __restrict__ w2, float* __restrict__ y2, int N2, int nk2, int slices2, int blocks2,
+         const char* __restrict__ x, int T, int T8) {
+  const int i = blockIdx.x, j = i - blocks * slices;
+  if (j < 0)
+    multiply<FORMAT, DEPTH>(w, x, y, N, nk, T, T8, {i % blocks, blocks, i / blocks, slices});
+  else
+    multiply<SECOND, SECOND_DEPTH>(w2, x, y2, N2, nk2, T, T8, {j % blocks2, blocks2, j / blocks2, slices2});
+}
+#else
+extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
+qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8
+#if GROUPED
+    , const int* __restrict__ owners, int share
+#endif
+) {
+#if GROUPED
+  const int owner = fresh(owners + blockIdx.z / share);  // known before the kernel ahead: see `spread` in ops/rows.cu
+  if (owner < 0) return;
+  w += (u64)owner * ((N + 15) / 16) * nk * Weight::TILE_BYTES;
+#endif
+  const Share mine = {(int)blockIdx.x, (int)gridDim.x, (int)blockIdx.y, (int)gridDim.y};
+  multiply<Weight, DEPTH>(w, x, y, N, nk, T, T8, mine);
+}
+#endif

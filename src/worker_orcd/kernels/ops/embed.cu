@@ -70,14 +70,14 @@ DEVICE float4 Q8_0(const char* tile, const At& a) {  // the sign bit is kept fli
 }
 DEVICE float4 MXFP4(const char* tile, const At& a) {  // twice the number times half the scale, as in quant/mxfp4
   const u32 word = nibble_word(tile, a), e = load_u16(tile + 1024 + a.lane * 2) >> 8 * a.r & 255;
+  const u32 turned = __funnelshift_l(word, word, 6);
+  const u32 pairs[2] = {a.j ? turned : word, a.j ? (turned & 0x001B001Bu) * 0x4108u : word << 3};
   Four q;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const u32 two = word >> 16 * (i & 1);  // the codes of four pairs, whose bits are apart
-    const u32 magnitude = two >> (a.j ? (i < 2 ? 0 : 9) : (i < 2 ? 6 : 3)) & 7;
-    const u32 sign = two >> (a.j ? (i < 2 ? 14 : 13) : (i < 2 ? 15 : 12)) & 1;
+    const u32 code = pairs[i >> 1] >> 16 * (i & 1), magnitude = code >> 6 & 7;  // where bf16 has these bits
     const int n = (int)(magnitude < 2 ? magnitude : ((magnitude & 1) + 2) << ((magnitude >> 1) - 1));
-    q.n[i] = sign ? -n : n;
+    q.n[i] = code & 0x8000 ? -n : n;
   }
   return times(floats(q), __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23));
 }

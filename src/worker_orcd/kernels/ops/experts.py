@@ -22,8 +22,10 @@ from worker_orcd.kernels.source import Source
 from worker_orcd.quant.tiles import tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
-ARRANGERS = 1024  # threads, of rows.cu
-MANY_ROWS = 32  # units from here on are for wgmma
+ARRANGERS, TOGETHER_ROWS = 1024, 64  # threads of rows.cu, and for how many rows one block both routes and arranges
+UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 48, 64, 96, 128)}  # rows; without and with wgmma
+MANY_ROWS = 24  # units from here on are for wgmma
+MOST_STRIPS = 3  # of a warp
 WARPS = 2112  # an H200 holds with 128 registers a thread
 WAVES = 2.4  # of them: fewer leave multiprocessors idle at the end, more begin too often; measured
 
@@ -84,7 +86,7 @@ class ExpertOps:
         experts = torch.empty(num_units * unit, dtype=torch.int32, device=device)
         owners = torch.empty(num_units, dtype=torch.int32, device=device)
         sums, where = self._ops.sums(scores, num_rows, num_experts), [places, experts, owners]
-        if 0 < num_rows <= ARRANGERS // 32:
+        if 0 < num_rows <= TOGETHER_ROWS:
             args: list[Argument] = [sums, chosen, weights, *where, num_rows, int(over_chosen), num_units, unit]
             self._gpu.launch(source, "route_and_arrange", Work((1, 1, 1), ARRANGERS), args)
         else:
@@ -141,13 +143,14 @@ class ExpertOps:
         if routing.unit >= MANY_ROWS and card.has_wgmma:
             ctas = 2 if routing.unit <= 64 and words <= 18 else 1
             depth = 1 if words >= 32 else 2
-            many = ManyTokens(routing.unit, 2, depth, 12 if routing.unit == 32 else 6, plan.slices > 1, ctas)
+            many = ManyTokens(routing.unit, 2, depth, 12 if routing.unit <= 32 else 6, plan.slices > 1, ctas)
             return Grouped(many, -(-n // 128))
-        few = FewTokens(routing.unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early=False)
+        early = routing.unit == 8 and words <= 18
+        few = FewTokens(routing.unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early)
         while few.groups > 1 and plan.shared_bytes(few) > card.shared_bytes:
             few = replace(few, groups=few.groups // 2)
         strips, busy = -(-n // 16), routing.num_experts * (1 - (1 - routing.share) ** len(routing.weights))
-        per_warp = max(1, round(busy * strips * plan.slices / (WAVES * WARPS)))
+        per_warp = min(MOST_STRIPS, max(1, round(busy * strips * plan.slices / (WAVES * WARPS))))
         return Grouped(few, -(-strips // (few.warps * per_warp)))
 
     def combine(self, given: Part, routing: Routing) -> Tensor:
@@ -163,6 +166,7 @@ class ExpertOps:
 
 
 def unit_rows(pairs: int, num_experts: int, has_wgmma: bool) -> int:
-    """Rows of an expert that are multiplied at a time: most experts should need one unit."""
-    sizes = (8, 16, 32, 64) if has_wgmma else (8, 16)
-    return next((unit for unit in sizes if 2 * pairs <= unit * num_experts), 128 if has_wgmma else 32)
+    """Rows of an expert multiplied at a time: what one has when rows spread evenly, and two deviations more."""
+    mean = pairs / num_experts
+    sizes = UNITS[has_wgmma]
+    return next((unit for unit in sizes if mean + 2 * mean**0.5 <= unit), sizes[-1])

@@ -18,8 +18,8 @@ struct Norm {
   float eps;
 };
 
-DEVICE const float* bias_of(const Part& p, int t) {
-  return p.experts ? p.bias + (u64)p.experts[t] * p.width : p.bias;
+DEVICE const float* bias_of(const Part& p, int t) {  // who owns a row is known long before its sums
+  return p.experts ? p.bias + (u64)fresh(p.experts + t) * p.width : p.bias;
 }
 
 // Where the sums of one column, or of four side by side (V: float4, with widths and columns multiples of 4), lie.

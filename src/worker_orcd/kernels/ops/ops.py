@@ -25,6 +25,7 @@ MAX_GRID_Y = 65_535
 MAX_PARTS = 3
 MAX_HEAD_DIM = 512
 ROW_THREADS, HEADS_PER_BLOCK = 64, 4  # of rows.cu
+FEW_ROWS = 16
 MOST_NORM_THREADS, MOST_NORM_BLOCKS = 512, 8  # more threads would leave each too few registers
 WIDEST_NORM = 2**16
 MOST_AHEAD = 8
@@ -34,12 +35,20 @@ Norm = tuple[Tensor, Tensor | None, float]  # weight, bias, eps
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped"]
 
 
+class Mix(NamedTuple):
+    """Rows that are sums over the experts of each: which rows those gave, and their weights."""
+
+    places: Tensor  # i32 [T used]
+    weights: Tensor  # f32 [T, used]
+
+
 class Part(NamedTuple):
     """Outputs of one matrix: slices f32 [S, T, N], to be added in order, and then the bias."""
 
     slices: Tensor
     bias: Tensor | None = None  # f32 [N], or [E N] with `experts`
     experts: Tensor | None = None  # i32 [T]: whose bias each row takes; negative: the row is padding
+    mix: Mix | None = None  # the rows meant are mixed of these; for `add_norm` alone
 
 
 class _Part(ctypes.Structure):
@@ -81,14 +90,28 @@ class Ops:
             raise ValueError(f"rows of {width} numbers: a multiple of 4 up to {WIDEST_NORM} is needed")
         image = None if norm is None else self.image(num_rows, width)
         groups = 0 if image is None else image.shape[1]
-        args: list[Argument] = [x, self.part(y, num_rows, width), self._norm(after, width), float(factor)]
-        args += [self._norm(norm, width), image, num_rows, groups]
+        mix = (None, None) if y is None or y.mix is None else y.mix
+        used = self._used(mix, num_rows)
+        y_rows = y.slices.shape[1] if y is not None and used else num_rows
+        args: list[Argument] = [x, self.part(y, y_rows, width), *mix, self._norm(after, width), float(factor)]
+        args += [self._norm(norm, width), image, num_rows, groups, y_rows]
         shape, ahead = self._norm_shape(width), slices_ahead([] if y is None else [y])
         blocks, threads = shape["CLUSTER"], shape["BLOCK"]
-        source = rows_source(WIDTH=width, AHEAD=ahead, **shape)
+        source = rows_source(WIDTH=width, AHEAD=ahead, USED=used, **shape)
         work = Work((num_rows * blocks, 1, 1), threads, 8 * blocks * threads // 32)  # two sets of a sum for each warp
         self._gpu.launch(source, "add_norm", work, args)
         return image
+
+    def _used(self, mix: tuple[Tensor, Tensor] | tuple[None, None], num_rows: int) -> int:
+        """Experts that a row is mixed of; 0: it is not."""
+        places, weights = mix
+        if places is None or weights is None:
+            return 0
+        self._gpu.require(places, dtype=torch.int32)
+        self._gpu.require(weights)
+        if weights.ndim != 2 or len(weights) != num_rows or places.shape != (weights.numel(),):
+            raise ValueError(f"{num_rows} rows mixed of {tuple(places.shape)} with weights {tuple(weights.shape)}")
+        return weights.shape[1]
 
     def _norm_shape(self, width: int) -> dict[str, int]:
         """Blocks that share a row, and threads of a block: four numbers for each while there are enough threads."""
@@ -127,9 +150,13 @@ class Ops:
         return q
 
     def activate(
-        self, gate_up: Sequence[Part], width: int, kind: Activation = "silu", is_gated: bool = True
-    ) -> Tensor:
-        """The image of act(gate) · up, the first and the second `width` columns; not gated: of act(up)."""
+        self, gate_up: Sequence[Part], width: int, kind: Activation = "silu", is_gated: bool = True,
+        places: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The image of act(gate) · up, the first and the second `width` columns; not gated: of act(up).
+
+        places i32: the rows that are wanted; others are left as they are.
+        """
         num_rows = gate_up[0].slices.shape[1]
         if width % 4 or len(gate_up) > 2 or (len(gate_up) == 2 and gate_up[0].slices.shape[2] != width):
             raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in gate_up]}")
@@ -138,8 +165,13 @@ class Ops:
         image = self.image(num_rows, width)
         sums = self.sums(gate_up, num_rows, (1 + is_gated) * width)
         source = rows_source(ACTIVATION=kind.upper(), GATED=int(is_gated), AHEAD=slices_ahead(gate_up))
-        args: list[Argument] = [sums, image, width, num_rows, image.shape[1]]
-        self.rows(source, "activate", -(-width // 256), num_rows, ROW_THREADS, args)
+        wanted = num_rows
+        if places is not None:
+            self._gpu.require(places, dtype=torch.int32)
+            wanted = len(places)
+        threads = ROW_THREADS if wanted <= FEW_ROWS else 4 * ROW_THREADS  # few rows should still fill the card
+        args: list[Argument] = [sums, image, places, width, num_rows, image.shape[1]]
+        self.rows(source, "activate", -(-width // (4 * threads)), wanted, threads, args)
         return image
 
     def embed(self, tokens: Tensor, tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
@@ -193,7 +225,7 @@ class Ops:
     def part(self, part: Part | None, num_rows: int, width: int) -> ctypes.Structure:
         if part is None:
             return _Part()
-        slices, bias, experts = part
+        slices, bias, experts, _ = part
         self._gpu.require(slices)
         if slices.shape[1:] != (num_rows, width):
             raise ValueError(f"sums {tuple(slices.shape)} are not [S, {num_rows}, {width}]")
@@ -205,7 +237,7 @@ class Ops:
             self._gpu.require(experts, dtype=torch.int32)
             if experts.shape != (num_rows,):
                 raise ValueError(f"{tuple(experts.shape)} experts for {num_rows} rows")
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in part)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (slices, bias, experts))
         return _Part(*pointers, width, len(slices))
 
     def _norm(self, norm: Norm | None, width: int) -> _Norm:

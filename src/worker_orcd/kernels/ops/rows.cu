@@ -62,15 +62,40 @@ DEVICE void normalize(Shared& shared, int& turn, int rank, float4* v, const Norm
   }
 }
 
+#if USED
+constexpr int SLOTS = USED % 4 ? 1 : 4;  // of a row, fetched at once
+DEVICE float4 mixed(const Part& y, int Y, const int* row, const float* share, int k) {
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int first = 0; first < USED; first += SLOTS) {
+    Column<float4> columns[SLOTS];
+    float4 found[SLOTS];
+#pragma unroll
+    for (int i = 0; i < SLOTS; i++) columns[i] = column<float4>(y, Y, row[first + i], k);
+    add_up<AHEAD < 4 ? AHEAD : 4>(columns, found);
+#pragma unroll
+    for (int i = 0; i < SLOTS; i++) {
+      const float4 v = found[i];
+      const float w = share[first + i];
+      sum = plus(sum, make_float4(__fmul_rn(w, v.x), __fmul_rn(w, v.y), __fmul_rn(w, v.z), __fmul_rn(w, v.w)));
+    }
+  }
+  return sum;
+}
+#endif
+
 #if CLUSTER > 1
 #define TOGETHER __cluster_dims__(CLUSTER, 1, 1)
 #else
 #define TOGETHER
 #endif
 // x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows CLUSTER)
+// With USED > 0 y is what the USED experts of each row gave: Y rows, of which `places` names a row's, to be weighted and
+// added slot by slot. Both were written before the kernel ahead began.
 extern "C" __global__ void __launch_bounds__(BLOCK) TOGETHER
-add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
-         const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8) {
+add_norm(float* __restrict__ x, const __grid_constant__ Part y, const int* __restrict__ places,
+         const float* __restrict__ weights, const __grid_constant__ Norm after, float factor,
+         const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8, int Y) {
   extern __shared__ __align__(1024) char shared[];
   Shared& sums = *(Shared*)shared;
   cluster_arrive();
@@ -79,18 +104,36 @@ add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_con
   int turn = 0;
   Weights by;
   load(by, norm, rank);  // constants of the model, fetched while the kernel ahead is still at work
-  await_previous_kernel();
   float4 old[QUADS], v[QUADS];
+#if USED
+  int row[USED];
+  float share[USED];
+#pragma unroll
+  for (int slot = 0; slot < USED; slot++)
+    row[slot] = fresh(places + t * USED + slot), share[slot] = __int_as_float(fresh((const int*)weights + t * USED + slot));
+#else
   Column<float4> columns[QUADS];
+#endif
+  await_previous_kernel();
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
     const int k = place(rank, i);
     set_zero(old[i]);
     if (k < WIDTH) old[i] = *(const float4*)(x + (u64)t * WIDTH + k);
+#if !USED
     columns[i] = column<float4>(y, T, t, k);
     if (k >= WIDTH) columns[i].count = 0, columns[i].bias = nullptr;
+#endif
   }
+#if USED
+#pragma unroll
+  for (int i = 0; i < QUADS; i++) {
+    set_zero(v[i]);
+    if (place(rank, i) < WIDTH) v[i] = mixed(y, Y, row, share, place(rank, i));
+  }
+#else
   add_up<AHEAD>(columns, v);
+#endif
   cluster_wait();  // all blocks have begun: they can be written to
   if (after.weight) {
     Weights by_after;
@@ -143,13 +186,16 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
   const long long slot = fresh(slots + t), position = fresh(positions + t);  // copied in before the step's first kernel
   float c[PAIRS], s[PAIRS], a[PAIRS], b[PAIRS], found[2 * PAIRS];
   Column<float> columns[2 * PAIRS];
+  auto load_angles = [&] {
 #pragma unroll
-  for (int i = 0; i < PAIRS; i++) {
-    const int pair = i * 32 + lane;
-    c[i] = 1.f, s[i] = 0.f;
-    if (is_v || pair >= half) continue;
-    c[i] = cos[position * half + pair], s[i] = sin[position * half + pair];
-  }
+    for (int i = 0; i < PAIRS; i++) {
+      const int pair = i * 32 + lane;
+      c[i] = 1.f, s[i] = 0.f;
+      if (is_v || pair >= half) continue;
+      c[i] = cos[position * half + pair], s[i] = sin[position * half + pair];
+    }
+  };
+  if (AHEAD > 1) load_angles();  // few rows: while the kernel ahead is still at work
   await_previous_kernel();
 #pragma unroll
   for (int i = 0; i < PAIRS; i++) {
@@ -159,6 +205,7 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
     columns[2 * i + 1] = column<float>(qkv, T, t, head * DIM + (is_there ? apart ? pair + half : 2 * pair + 1 : 0));
   }
   add_up<AHEAD>(columns, found);
+  if (AHEAD == 1) load_angles();  // many rows: beside their columns
 #pragma unroll
   for (int i = 0; i < PAIRS; i++) {
     const bool is_there = i * 32 + lane < DIM / 2;
@@ -203,7 +250,7 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
 }
 #endif
 
-#ifdef ACTIVATION  // ---- activation: image = act(gate) up for columns f and F + f. grid (ceil(F / 256), T), 64 threads
+#ifdef ACTIVATION  // ---- activation: image = act(gate) up for columns f and F + f. grid (ceil(F / 4 threads), rows)
 #define SILU 0
 #define GELU 1
 #define GELU_TANH 2
@@ -227,14 +274,13 @@ DEVICE float gated(float gate, float up) {
 #endif
 }
 
-// Rows whose `experts` entry is negative are padding, and left as they are.
-extern "C" __global__ void __launch_bounds__(64)
-activate(const __grid_constant__ Sums sums, u32* __restrict__ image, int F, int T, int T8) {
+// With `places` only the rows it names are worked on: it was written before the kernel ahead began.
+extern "C" __global__ void __launch_bounds__(256)
+activate(const __grid_constant__ Sums sums, u32* __restrict__ image, const int* __restrict__ places, int F, int T, int T8) {
   start_next_kernel();
-  await_previous_kernel();
-  const int f = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
+  const int f = (blockIdx.x * blockDim.x + threadIdx.x) * 4, t = places ? fresh(places + blockIdx.y) : blockIdx.y;
   const Part& whole = sums.part[0];
-  if (whole.experts && whole.experts[t] < 0) return;
+  await_previous_kernel();
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
   if (f < F) {
 #if GATED
@@ -251,7 +297,7 @@ activate(const __grid_constant__ Sums sums, u32* __restrict__ image, int F, int 
     v = make_float4(act(found[0].x), act(found[0].y), act(found[0].z), act(found[0].w));
 #endif
   }
-  store4(image, T8, t, f, v);
+  if (f < (F + 255) / 256 * 256) store4(image, T8, t, f, v);
 }
 #endif
 
@@ -346,13 +392,13 @@ arrange(const int* chosen, int* places, int* experts, int* owners, int pairs, in
   arrange_pairs(chosen, places, experts, owners, pairs, units, unit);
 }
 
-// Both, for at most a row a warp. grid (1), ARRANGERS threads
+// Both, for few rows. grid (1), ARRANGERS threads
 extern "C" __global__ void __launch_bounds__(ARRANGERS)
 route_and_arrange(const __grid_constant__ Sums scores, int* chosen, float* weights, int* places, int* experts,
                   int* owners, int T, int over_chosen, int units, int unit) {
   start_next_kernel();
   await_previous_kernel();
-  if ((threadIdx.x >> 5) < T) route_row(scores, chosen, weights, threadIdx.x >> 5, T, over_chosen);
+  for (int t = threadIdx.x >> 5; t < T; t += ARRANGERS / 32) route_row(scores, chosen, weights, t, T, over_chosen);
   __syncthreads();
   arrange_pairs(chosen, places, experts, owners, T * USED, units, unit);
 }
