@@ -50,13 +50,6 @@ class PackedWeight(base.PackedWeight):
     matrix: TiledMatrix
 
 
-@dataclass(frozen=True)
-class Mixed(base.Part):
-    """What experts gave, f32 [S, P, N]; the rows meant, [T, N], are weighted sums over those of each row."""
-
-    routing: Routing
-
-
 class CudaBackend:
     """Operands are images of `kernels/ops`, sums the slices that the matmuls of `kernels/linear` leave."""
 
@@ -119,8 +112,6 @@ class CudaBackend:
 
     def total(self, sums: Sums) -> Tensor:
         first = sums[0]
-        if isinstance(first, Mixed):
-            return self._experts.combine(_part(sums), first.routing)
         if len(sums) == 1 and len(first.slices) == 1 and first.bias is None:
             return first.slices[0]
         return self._ops.total(_parts(sums))
@@ -178,11 +169,9 @@ class CudaBackend:
         width = sum(part.slices.shape[2] for part in gate_up) // 2
         image = self._ops.activate(gate_up, width, experts.activation, places=routing.places)
         ((down, bias),) = experts.down
-        given = self._grouped(image, down, bias, experts, routing)
+        y = self._experts.combine(self._grouped(image, down, bias, experts, routing), routing)
         shared = self._shared(x, experts)
-        if shared is None:
-            return (Mixed(given.slices, given.bias, routing),)
-        return (base.Part(torch.stack([self._experts.combine(given, routing), shared]), None),)
+        return (base.Part(y[None] if shared is None else torch.stack([y, shared]), None),)
 
     def _grouped(
         self, image: Tensor, weight: base.PackedWeight, bias: Tensor | None, experts: Experts, routing: Routing
@@ -218,9 +207,6 @@ def _parts(sums: Sums) -> list[ops.Part]:
 
 def _part(sums: Sums) -> ops.Part:
     (part,) = sums  # what is added to the residual stream comes from one matrix
-    if isinstance(part, Mixed):
-        routing = part.routing
-        return ops.Part(part.slices, part.bias, routing.experts, ops.Mix(routing.places, routing.weights))
     return ops.Part(part.slices, part.bias)
 
 

@@ -196,16 +196,18 @@ def decode_launch(form: Form, num_seqs: int, max_splits: int, itemsize: int = 2)
 
     A stage goes to the block table, which must be there before the keys it leads to: with 3 stages the next tile is
     asked for once this one is used up, with 5 meanwhile. Few programs need that; many hide each other's waits, and
-    two warps do for each.
+    the more of them a multiprocessor holds the better: with 128 registers a thread PROGRAMS of four warps are one
+    wave. Beyond that two warps do for each.
     """
     rows = max(DECODE_ROWS, triton.next_power_of_2(form.group))
     num_parts = max(1, min(max_splits, PROGRAMS // (num_seqs * form.num_kv_heads)))
-    programs = num_seqs * form.num_kv_heads * num_parts
+    programs, is_narrow = num_seqs * form.num_kv_heads * num_parts, form.head_dim <= 128
+    if programs > PROGRAMS:
+        return Launch(rows, 2 if is_narrow else 4, 3, num_parts)
     if programs > PROGRAMS // 2:
-        return Launch(rows, 2 if form.head_dim <= 128 else 4, 3, num_parts)
+        return Launch(rows, 4, 3, num_parts, 128 if is_narrow and rows == DECODE_ROWS else None)
     fits = rows <= 2 * DECODE_ROWS and itemsize <= 2  # two more tiles in the 99 KiB that the smaller GPUs have
-    is_light = form.head_dim <= 64 and programs > PROGRAMS // 8
-    return Launch(rows, 2 if is_light else 4, 5 if fits else 3, num_parts)
+    return Launch(rows, 4, 5 if fits else 3, num_parts)
 
 
 def launch_prompts(call: Call, launch: Launch) -> None:

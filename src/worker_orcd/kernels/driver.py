@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker_orcd.errors import CudaError
 
-MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
+MAX_DYNAMIC_SHARED, SHARED_PERCENT = 8, 9  # CUfunction_attribute: bytes of a block, share of what is also L1
 MAX_SHARED_BY_ASKING = 97  # CUdevice_attribute
 SHARED_WITHOUT_ASKING_BYTES = 48 * 1024
 EARLY_START = 6  # CUlaunchAttributeID: programmatic stream serialization
@@ -97,6 +97,9 @@ class Kernel:
         check(lib.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
         check(lib.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
         self._function = function
+        # One way to divide L1 for all kernels: to change it a multiprocessor must come to rest, and then a kernel
+        # cannot start beside the end of the one before (1 to 2 µs at each attention of a decode step).
+        check(lib.cuFuncSetAttribute(function, SHARED_PERCENT, 100), f"dividing L1 for {name}")
         if shared_bytes > SHARED_WITHOUT_ASKING_BYTES:
             code_ = lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared_bytes)
             check(code_, f"{shared_bytes} bytes of shared memory for {name}")

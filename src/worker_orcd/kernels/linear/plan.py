@@ -105,7 +105,7 @@ class LinearPlan:
         if words >= 32:  # 16 and 32 bits a weight
             return FewTokens(groups, 8, 2 if words == 32 else 1, 1, early=False)
         depth = 1 if self.longest_slice_tiles <= 2 else 2
-        if per_sm <= WARPS_PER_SM and words > 18 and depth == 2:
+        if per_sm <= WARPS_PER_SM and words > 22 and depth == 2:
             return FewTokens(groups, 8, 2, 2, early=False)
         if per_sm <= WARPS_PER_SM:
             is_wide = groups == 2 and TILE_K[self.type] == 256 and self.longest_slice_tiles > 2

@@ -43,38 +43,22 @@ DEVICE float plus_2_23(u32 v) { return __uint_as_float(v | 0x4B000000u); }  // 2
 DEVICE constexpr u32 power_x2(int e) { return ((u32)(127 + e) << 7) * 0x00010001u; }  // (2^e, 2^e) in bf16
 constexpr u32 MINUS_X2 = 0x80008000u;                                          // xor with it negates both
 
-// ---- loads of weights: they are not kept in L1. With READ_ONCE they leave L2 first: what a step reads again (code,
-// tables, sums, keys) would have to make room for them and come from device memory every time
-#ifdef READ_ONCE
-DEVICE u64 policy() {
-  u64 first;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(first));
-  return first;
-}
-#define HINT ".L2::cache_hint"
-#define POLICY(operand) "," operand
-#define AND_POLICY , "l"(policy())
-#else
-#define HINT
-#define POLICY(operand)
-#define AND_POLICY
-#endif
+// ---- loads of weights: each byte is read once, so it is not kept in L1
 DEVICE void load4(u32* d, const char* p) {
-  asm volatile("ld.global.nc.L1::no_allocate" HINT ".L2::128B.v4.u32 {%0,%1,%2,%3},[%4]" POLICY("%5") ";"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p) AND_POLICY);
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
 }
 DEVICE void load2(u32* d, const char* p) {
-  asm volatile("ld.global.nc.L1::no_allocate" HINT ".v2.u32 {%0,%1},[%2]" POLICY("%3") ";"
-               : "=r"(d[0]), "=r"(d[1]) : "l"(p) AND_POLICY);
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1},[%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(p));
 }
 DEVICE u32 load1(const char* p) {
   u32 d;
-  asm volatile("ld.global.nc.L1::no_allocate" HINT ".u32 %0,[%1]" POLICY("%2") ";" : "=r"(d) : "l"(p) AND_POLICY);
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0,[%1];" : "=r"(d) : "l"(p));
   return d;
 }
 DEVICE u32 load_u16(const char* p) {
   u16 d;
-  asm volatile("ld.global.nc.L1::no_allocate" HINT ".u16 %0,[%1]" POLICY("%2") ";" : "=h"(d) : "l"(p) AND_POLICY);
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0,[%1];" : "=h"(d) : "l"(p));
   return d;
 }
 

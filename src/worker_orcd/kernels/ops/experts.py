@@ -22,10 +22,11 @@ from worker_orcd.kernels.source import Source
 from worker_orcd.quant.tiles import tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
-ARRANGERS, TOGETHER_ROWS = 1024, 64  # threads of rows.cu, and for how many rows one block both routes and arranges
+ARRANGERS, TOGETHER_ROWS = 1024, 32  # threads of rows.cu, and for how many rows one block both routes and arranges
 UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 48, 64, 96, 128)}  # rows; without and with wgmma
 MANY_ROWS = 24  # units from here on are for wgmma
 MOST_STRIPS = 3  # of a warp
+SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
 WARPS = 2112  # an H200 holds with 128 registers a thread
 WAVES = 2.4  # of them: fewer leave multiprocessors idle at the end, more begin too often; measured
 
@@ -145,7 +146,7 @@ class ExpertOps:
             depth = 1 if words >= 32 else 2
             many = ManyTokens(routing.unit, 2, depth, 12 if routing.unit <= 32 else 6, plan.slices > 1, ctas)
             return Grouped(many, -(-n // 128))
-        early = routing.unit == 8 and words <= 18
+        early = routing.unit == 8 and words <= 18 and plan.longest_slice_tiles <= SHORT_SLICE
         few = FewTokens(routing.unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early)
         while few.groups > 1 and plan.shared_bytes(few) > card.shared_bytes:
             few = replace(few, groups=few.groups // 2)

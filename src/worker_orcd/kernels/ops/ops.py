@@ -28,18 +28,11 @@ ROW_THREADS, HEADS_PER_BLOCK = 64, 4  # of rows.cu
 FEW_ROWS = 16
 MOST_NORM_THREADS, MOST_NORM_BLOCKS = 512, 8  # more threads would leave each too few registers
 WIDEST_NORM = 2**16
-MOST_AHEAD = 8
+MOST_AHEAD, MOST_NORM_AHEAD = 8, 20  # slices fetched at once: what registers hold
 KV_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 17}
 
 Norm = tuple[Tensor, Tensor | None, float]  # weight, bias, eps
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped"]
-
-
-class Mix(NamedTuple):
-    """Rows that are sums over the experts of each: which rows those gave, and their weights."""
-
-    places: Tensor  # i32 [T used]
-    weights: Tensor  # f32 [T, used]
 
 
 class Part(NamedTuple):
@@ -48,7 +41,6 @@ class Part(NamedTuple):
     slices: Tensor
     bias: Tensor | None = None  # f32 [N], or [E N] with `experts`
     experts: Tensor | None = None  # i32 [T]: whose bias each row takes; negative: the row is padding
-    mix: Mix | None = None  # the rows meant are mixed of these; for `add_norm` alone
 
 
 class _Part(ctypes.Structure):
@@ -90,28 +82,15 @@ class Ops:
             raise ValueError(f"rows of {width} numbers: a multiple of 4 up to {WIDEST_NORM} is needed")
         image = None if norm is None else self.image(num_rows, width)
         groups = 0 if image is None else image.shape[1]
-        mix = (None, None) if y is None or y.mix is None else y.mix
-        used = self._used(mix, num_rows)
-        y_rows = y.slices.shape[1] if y is not None and used else num_rows
-        args: list[Argument] = [x, self.part(y, y_rows, width), *mix, self._norm(after, width), float(factor)]
-        args += [self._norm(norm, width), image, num_rows, groups, y_rows]
-        shape, ahead = self._norm_shape(width), slices_ahead([] if y is None else [y])
+        args: list[Argument] = [x, self.part(y, num_rows, width), self._norm(after, width), float(factor)]
+        args += [self._norm(norm, width), image, num_rows, groups]
+        shape = self._norm_shape(width)
+        ahead = slices_ahead([] if y is None else [y], MOST_NORM_AHEAD if width <= 4 * shape["BLOCK"] else MOST_AHEAD)
         blocks, threads = shape["CLUSTER"], shape["BLOCK"]
-        source = rows_source(WIDTH=width, AHEAD=ahead, USED=used, **shape)
+        source = rows_source(WIDTH=width, AHEAD=ahead, **shape)
         work = Work((num_rows * blocks, 1, 1), threads, 8 * blocks * threads // 32)  # two sets of a sum for each warp
         self._gpu.launch(source, "add_norm", work, args)
         return image
-
-    def _used(self, mix: tuple[Tensor, Tensor] | tuple[None, None], num_rows: int) -> int:
-        """Experts that a row is mixed of; 0: it is not."""
-        places, weights = mix
-        if places is None or weights is None:
-            return 0
-        self._gpu.require(places, dtype=torch.int32)
-        self._gpu.require(weights)
-        if weights.ndim != 2 or len(weights) != num_rows or places.shape != (weights.numel(),):
-            raise ValueError(f"{num_rows} rows mixed of {tuple(places.shape)} with weights {tuple(weights.shape)}")
-        return weights.shape[1]
 
     def _norm_shape(self, width: int) -> dict[str, int]:
         """Blocks that share a row, and threads of a block: four numbers for each while there are enough threads."""
@@ -225,7 +204,7 @@ class Ops:
     def part(self, part: Part | None, num_rows: int, width: int) -> ctypes.Structure:
         if part is None:
             return _Part()
-        slices, bias, experts, _ = part
+        slices, bias, experts = part
         self._gpu.require(slices)
         if slices.shape[1:] != (num_rows, width):
             raise ValueError(f"sums {tuple(slices.shape)} are not [S, {num_rows}, {width}]")
@@ -237,7 +216,7 @@ class Ops:
             self._gpu.require(experts, dtype=torch.int32)
             if experts.shape != (num_rows,):
                 raise ValueError(f"{tuple(experts.shape)} experts for {num_rows} rows")
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (slices, bias, experts))
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in part)
         return _Part(*pointers, width, len(slices))
 
     def _norm(self, norm: Norm | None, width: int) -> _Norm:
@@ -256,10 +235,10 @@ def embed_source(type: GgmlType) -> Source:
     return Source("ops", "embed.cu", defined(FORMAT=type.name, TILE_K=TILE_K[type], TILE_BYTES=tile_bytes(type)))
 
 
-def slices_ahead(parts: Sequence[Part]) -> int:
+def slices_ahead(parts: Sequence[Part], most: int = MOST_AHEAD) -> int:
     """How many slices a kernel fetches at once: all, while there are few; each number is a kernel of its own."""
-    most = max((len(part.slices) for part in parts), default=1)
-    return min(MOST_AHEAD, 1 << (most - 1).bit_length())
+    slices = max((len(part.slices) for part in parts), default=1)
+    return min(most, slices if slices > MOST_AHEAD else 1 << (slices - 1).bit_length())
 
 
 @lru_cache(maxsize=256)

@@ -62,40 +62,15 @@ DEVICE void normalize(Shared& shared, int& turn, int rank, float4* v, const Norm
   }
 }
 
-#if USED
-constexpr int SLOTS = USED % 4 ? 1 : 4;  // of a row, fetched at once
-DEVICE float4 mixed(const Part& y, int Y, const int* row, const float* share, int k) {
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-  for (int first = 0; first < USED; first += SLOTS) {
-    Column<float4> columns[SLOTS];
-    float4 found[SLOTS];
-#pragma unroll
-    for (int i = 0; i < SLOTS; i++) columns[i] = column<float4>(y, Y, row[first + i], k);
-    add_up<AHEAD < 4 ? AHEAD : 4>(columns, found);
-#pragma unroll
-    for (int i = 0; i < SLOTS; i++) {
-      const float4 v = found[i];
-      const float w = share[first + i];
-      sum = plus(sum, make_float4(__fmul_rn(w, v.x), __fmul_rn(w, v.y), __fmul_rn(w, v.z), __fmul_rn(w, v.w)));
-    }
-  }
-  return sum;
-}
-#endif
-
 #if CLUSTER > 1
 #define TOGETHER __cluster_dims__(CLUSTER, 1, 1)
 #else
 #define TOGETHER
 #endif
 // x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows CLUSTER)
-// With USED > 0 y is what the USED experts of each row gave: Y rows, of which `places` names a row's, to be weighted and
-// added slot by slot. Both were written before the kernel ahead began.
 extern "C" __global__ void __launch_bounds__(BLOCK) TOGETHER
-add_norm(float* __restrict__ x, const __grid_constant__ Part y, const int* __restrict__ places,
-         const float* __restrict__ weights, const __grid_constant__ Norm after, float factor,
-         const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8, int Y) {
+add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
+         const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8) {
   extern __shared__ __align__(1024) char shared[];
   Shared& sums = *(Shared*)shared;
   cluster_arrive();
@@ -105,35 +80,17 @@ add_norm(float* __restrict__ x, const __grid_constant__ Part y, const int* __res
   Weights by;
   load(by, norm, rank);  // constants of the model, fetched while the kernel ahead is still at work
   float4 old[QUADS], v[QUADS];
-#if USED
-  int row[USED];
-  float share[USED];
-#pragma unroll
-  for (int slot = 0; slot < USED; slot++)
-    row[slot] = fresh(places + t * USED + slot), share[slot] = __int_as_float(fresh((const int*)weights + t * USED + slot));
-#else
   Column<float4> columns[QUADS];
-#endif
   await_previous_kernel();
 #pragma unroll
   for (int i = 0; i < QUADS; i++) {
     const int k = place(rank, i);
     set_zero(old[i]);
     if (k < WIDTH) old[i] = *(const float4*)(x + (u64)t * WIDTH + k);
-#if !USED
     columns[i] = column<float4>(y, T, t, k);
     if (k >= WIDTH) columns[i].count = 0, columns[i].bias = nullptr;
-#endif
   }
-#if USED
-#pragma unroll
-  for (int i = 0; i < QUADS; i++) {
-    set_zero(v[i]);
-    if (place(rank, i) < WIDTH) v[i] = mixed(y, Y, row, share, place(rank, i));
-  }
-#else
   add_up<AHEAD>(columns, v);
-#endif
   cluster_wait();  // all blocks have begun: they can be written to
   if (after.weight) {
     Weights by_after;
@@ -314,7 +271,7 @@ DEVICE void route_row(const Sums& scores, int* chosen, float* weights, int t, in
     if (taken[i]) continue;
     const Column<float> columns[1] = {column<float>(scores, T, t, i * 32 + lane)};
     float found[1];
-    add_up<16>(columns, found);
+    add_up<24>(columns, found);
     own[i] = found[0];
   }
   for (int slot = 0; slot < USED; slot++) {
