@@ -122,6 +122,16 @@ def test_joined_matrices_give_the_outputs_side_by_side(backend: CudaBackend) -> 
     assert torch.equal(product(backend, x[3:4], joined)[0], found[3])
 
 
+def test_of_joined_experts_each_has_its_rows_side_by_side(backend: CudaBackend) -> None:
+    gate, up = (packed(backend, Q4_K, 3 * n, 512) for n in (32, 16))
+    joined = backend.join([gate, up], count=3)
+    assert joined is not None
+    assert joined.shape == (144, 512)
+    rows, ups = gate.parts[0].view(3, 2, *gate.parts[0].shape[1:]), up.parts[0].view(3, 1, *up.parts[0].shape[1:])
+    assert torch.equal(joined.parts[0].view(3, 3, *rows.shape[2:]), torch.cat([rows, ups], 1))
+    assert backend.join([packed(backend, Q4_K, 32, 256), packed(backend, Q4_K, 24, 256)], count=2) is None, "12 rows"
+
+
 def test_what_cannot_be_joined(backend: CudaBackend) -> None:
     for pair in (
         ((Q4_K, 16, 256), (GgmlType.Q6_K, 16, 256)),

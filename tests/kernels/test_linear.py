@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.conftest import NO_GPU
-from tests.kernels.weights import dequantized, random_raw
+from tests.kernels.weights import HALVES, dequantized, random_raw
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
@@ -222,6 +222,22 @@ def test_every_code_and_exponent_of_mxfp4_is_exact(gpu: Gpu) -> None:
     raw = torch.empty(shape[0], 17, dtype=torch.uint8)
     raw[:, 0] = torch.arange(shape[0]) + 18
     raw[:, 1:] = torch.arange(16) * 0x11  # each code in both halves of the block
+    matrix = tiled(pack(raw.flatten().to(gpu.device), kind, shape), kind, shape)
+    found = product(gpu, torch.eye(shape[1], device=gpu.device), matrix)
+    assert torch.equal(found.T.double(), dequantized(kind, raw.flatten(), *shape).to(gpu.device))
+
+
+@pytest.mark.parametrize("kind", HALVES, ids=lambda kind: kind.name)
+def test_every_code_is_exact_where_its_scale_is_a_power_of_two(kind: GgmlType, gpu: Gpu) -> None:
+    """Rows of the identity pick out numbers; mins are zero, and the small scales of the K formats one."""
+    shape = (64, 256)
+    raw = random_raw(kind, *shape).view(-1, kind.block_bytes)
+    for byte in HALVES[kind]:
+        raw[:, byte : byte + 2] = torch.tensor([0.0 if byte == 2 else 2.0**-9]).half().view(torch.uint8)
+    if kind in (GgmlType.Q4_K, GgmlType.Q5_K):
+        raw[:, 4:16] = torch.tensor([1, 0, 1]).repeat_interleave(4)
+    elif kind is GgmlType.Q6_K:
+        raw[:, 192:208] = 1
     matrix = tiled(pack(raw.flatten().to(gpu.device), kind, shape), kind, shape)
     found = product(gpu, torch.eye(shape[1], device=gpu.device), matrix)
     assert torch.equal(found.T.double(), dequantized(kind, raw.flatten(), *shape).to(gpu.device))

@@ -16,7 +16,8 @@ Q4, Q6 = GgmlType.Q4_K, GgmlType.Q6_K
 
 
 class Joiner(TorchBackend):
-    def join(self, weights: Sequence[PackedWeight]) -> PackedWeight | None:
+    def join(self, weights: Sequence[PackedWeight], count: int = 1) -> PackedWeight | None:
+        assert count == 1
         if sum(weight.shape[0] for weight in weights) > 100:
             return None  # as one that does not end with a tile
         parts = tuple(part for weight in weights for part in weight.parts)
@@ -39,7 +40,7 @@ def test_neighbours(kinds: list[GgmlType], widths: list[int], biased: list[bool]
         (PackedWeight(kind, (n, 256), (torch.tensor(i),)), torch.full((n,), float(i)) if has_bias else None)
         for i, (kind, n, has_bias) in enumerate(zip(kinds, widths, biased, strict=True))
     )
-    found = _joined(parts, Joiner(torch.device("cpu")))
+    found = _joined(parts, Joiner(torch.device("cpu")), 1)
     assert [weight.shape[0] for weight, _ in found] == expected
     assert [int(part) for weight, _ in found for part in weight.parts] == list(range(len(kinds)))
     biases = [bias for _, bias in found if bias is not None]

@@ -87,6 +87,36 @@ def test_a_code_of_mxfp4_lies_under_the_bits_of_bf16() -> None:
             assert moved & 0x81C081C0 == ((code & 8) << 12 | (code & 7) << 6) << 16 * (k % 2)
 
 
+def numbers_of(first: int, second: int, third: int, fourth: int, bits: int) -> list[int]:
+    return [pair >> 16 * e & (1 << bits) - 1 for pair in (first, second, third, fourth) for e in (0, 1)]
+
+
+def test_where_numbers_of_5_bits_lie() -> None:
+    """Three in each half of a word; the fourth, one place up, in the rest after a turn and in the word >> 10."""
+    numbers = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    raw = torch.zeros(16, 88, dtype=torch.uint8)
+    raw[0, 2:6] = ((numbers >> 4).view(4, 8) << torch.arange(8)).sum(1)
+    raw[0, 6:22] = numbers[:16] & 15 | (numbers[16:] & 15) << 4
+    tiles = pack(raw.flatten(), GgmlType.Q5_0, (16, 128))
+    rest = word(tiles, 1024)
+    for i in range(4):
+        w, turned = word(tiles, i // 2 * 512 + i % 2 * 8), rest >> 4 * i | rest << 32 - 4 * i
+        fourth = turned & 0x001E001E | w >> 10 & 0x00200020
+        assert numbers_of(w, w >> 5, w >> 10, fourth >> 1, 5) == numbers[8 * i : 8 * i + 8].tolist()
+
+
+def test_where_numbers_of_6_bits_lie() -> None:
+    """Two in each half of a word with bits of the fourth between them; the third in a byte of the rest."""
+    numbers = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:32]
+    raw = torch.zeros(16, 210, dtype=torch.uint8)
+    raw[0, :32], raw[0, 128:160] = numbers & 15, numbers >> 4
+    tiles = pack(raw.flatten(), GgmlType.Q6_K, (16, 256))
+    for i in range(4):
+        w, rest = word(tiles, i // 2 * 512 + i % 2 * 8), word(tiles, 2048 + i // 2 * 8) >> 8 * (i % 2)
+        fourth = w >> 4 & 0x003C003C | rest & 0x00030003
+        assert numbers_of(w, w >> 10, rest >> 2, fourth, 6) == numbers[8 * i : 8 * i + 8].tolist()
+
+
 def test_bytes_of_q8_0_are_stored_with_the_sign_bit_flipped() -> None:
     tiles = pack(torch.zeros(16 * 136, dtype=torch.uint8), GgmlType.Q8_0, (16, 128)).flatten()
     assert torch.equal(tiles[:2048], torch.full((2048,), 0x80, dtype=torch.uint8))

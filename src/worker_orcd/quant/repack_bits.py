@@ -64,17 +64,24 @@ def _nibbles(type: GgmlType, byte: int, group: int = 16) -> Tensor:
     return _elements(type, at * 8 + i // group % 2 * 4, 4)
 
 
-NIBBLES = "cvgqlrejhb"  # u32 words, 16 bytes a lane: nibble of (j, h, e) at bit 4·(2j + h) + 16·e
-FIFTHS = "gqcrevljhb"  # u32 word (c, r) of a lane: bit of (v, l, j, h, e) at 8v + 4l + 2j + h + 16·e
+WORDS = "cvgqlrejhb"  # u32 words, 16 bytes a lane: numbers of (j, h) in half e; a nibble at bit 4·(2j + h) + 16·e
+REST = "gqcrevljhb"  # u32 word (c, r) of a lane: what the words (v, l) have no room for
 PAIRS = "cgqrb"  # a lane's numbers of both row halves side by side
 
 
 def _low_nibbles(type: GgmlType, byte: int, group: int = 16) -> Tensor:
-    return rearrange(_nibbles(type, byte, group), ELEMENT, NIBBLES)
+    return rearrange(_nibbles(type, byte, group), ELEMENT, WORDS)
 
 
-def _fifth_bits(type: GgmlType, first_bit: Tensor) -> Tensor:
-    return rearrange(_elements(type, first_bit, 1), ELEMENT, FIFTHS)
+def _five_bits(type: GgmlType, nibbles: Tensor, fifths: Tensor) -> list[Tensor]:
+    """Three numbers in each half of a word, and the top bit of a fourth. The lower bits of fourths are the rest.
+
+    It is turned by one bit: they are at bits 1 to 4 when the top bit is at bit 5 of the word moved for number 2.
+    """
+    numbers = torch.cat([nibbles, _elements(type, fifths, 1)], -1)
+    words = rearrange(numbers, ELEMENT, WORDS).view(-1, 20)[:, [*range(15), 19]]
+    rest = rearrange(numbers, ELEMENT, REST).view(-1, 20)[:, 15:19]
+    return [words.flatten(), rest.reshape(-1, 32).roll(1, -1).flatten()]
 
 
 def _plain(type: GgmlType) -> list[Tensor]:
@@ -93,12 +100,12 @@ def _q4_1(type: GgmlType) -> list[Tensor]:
 
 
 def _q5_0(type: GgmlType) -> list[Tensor]:
-    fifths = _fifth_bits(type, 16 + torch.arange(32))
-    return [_low_nibbles(type, 6), fifths, rearrange(_number(type, 0, 16), BLOCK32, PAIRS)]
+    numbers = _five_bits(type, _nibbles(type, 6), 16 + torch.arange(32))
+    return [*numbers, rearrange(_number(type, 0, 16), BLOCK32, PAIRS)]
 
 
 def _q5_1(type: GgmlType) -> list[Tensor]:
-    return [_low_nibbles(type, 8), _fifth_bits(type, 32 + torch.arange(32)), _scale_and_min(type)]
+    return [*_five_bits(type, _nibbles(type, 8), 32 + torch.arange(32)), _scale_and_min(type)]
 
 
 def _scale_and_min(type: GgmlType) -> Tensor:
@@ -118,7 +125,7 @@ def _mxfp4(type: GgmlType) -> list[Tensor]:
     Those are bits 15 and 8 to 6 of each half. Pair 0 lies there, pair 1 three bits below, pair 2 six. Pair 3 has what
     is left; the word turned by six brings its bits to the other half, so its two codes change places.
     """
-    halves = rearrange(_nibbles(type, 1), ELEMENT, NIBBLES).view(-1, 2, 4, 4).clone()  # [words, half, pair, bit]
+    halves = rearrange(_nibbles(type, 1), ELEMENT, WORDS).view(-1, 2, 4, 4).clone()  # [words, half, pair, bit]
     halves[:, :, 3] = halves[:, :, 3].flip(1)
     lower = [(2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (0, 0), (0, 1), (0, 2)]
     upper = [(2, 3), (3, 2), (3, 3), (1, 3), (3, 0), (3, 1), (0, 3)]
@@ -133,8 +140,8 @@ def _q4_k(type: GgmlType) -> list[Tensor]:
 
 def _q5_k(type: GgmlType) -> list[Tensor]:
     i = torch.arange(256)
-    fifths = _fifth_bits(type, (16 + i % 32) * 8 + i // 32)
-    return [_low_nibbles(type, 48, 32), fifths, *_k_scales(type)]
+    numbers = _five_bits(type, _nibbles(type, 48, 32), (16 + i % 32) * 8 + i // 32)
+    return [*numbers, *_k_scales(type)]
 
 
 def _k_scales(type: GgmlType) -> list[Tensor]:
@@ -152,12 +159,19 @@ def _k_scales(type: GgmlType) -> list[Tensor]:
 
 
 def _q6_k(type: GgmlType) -> list[Tensor]:
+    """In each half of a word number 0, the upper four bits of number 3, number 1.
+
+    In a byte of the rest the lower two bits of number 3, number 2: none but number 3 is put together.
+    """
     i = torch.arange(256)
     low = _elements(type, (i // 128 * 64 + i % 64) * 8 + i % 128 // 64 * 4, 4)
     high = _elements(type, (128 + i // 128 * 32 + i % 32) * 8 + i % 128 // 32 * 2, 2)
+    numbers = torch.cat([low, high], -1)
+    words = rearrange(numbers, ELEMENT, WORDS).view(-1, 24)
+    rest = rearrange(numbers, ELEMENT, "cgqvreljhb").view(-1, 24)
     return [
-        rearrange(low, ELEMENT, NIBBLES),
-        rearrange(high, ELEMENT, "cgqvreljhb"),
+        words[:, [*range(6), *range(20, 24), *range(6, 12)]].flatten(),
+        rest[:, [18, 19, *range(12, 18)]].flatten(),
         rearrange(_number(type, 192, 8, 16), BLOCK16, "cgqrvb"),
         rearrange(_number(type, 208, 16), BLOCK256, BLOCK256),
     ]

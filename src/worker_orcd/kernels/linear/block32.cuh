@@ -2,9 +2,9 @@
 #pragma once
 #include "ptx.cuh"
 
-struct Nibbles {  // 128 inputs: two 512-byte planes of 4-bit numbers
+struct Words {  // 128 inputs: two 512-byte planes, a word for four numbers of each half
   u32 words[8];
-  DEVICE void load_nibbles(const char* tile, int lane) {
+  DEVICE void load_words(const char* tile, int lane) {
     load4(words, tile + lane * 16);
     load4(words + 4, tile + 512 + lane * 16);
   }
@@ -15,16 +15,18 @@ DEVICE void two_pairs(u32 w, u32 scale, u32 scale_16th, u32 add, u32& first, u32
   first = fma_bf16x2(w & 0x000f000fu, scale, add);
   second = fma_bf16x2(w & 0x00f000f0u, scale_16th, add);
 }
-// four pairs of 5 bits: nibbles in `w`; the fifth bit of pair p at bit 4 + p of each half of `v`
-DEVICE void four_pairs_5(u32 w, u32 v, u32 scale, u32 add, u32* even, u32* odd) {
-  even[0] = fma_bf16x2((w & 0x000f000fu) | (v & 0x00100010u), scale, add);
-  even[2] = fma_bf16x2(((w >> 4) & 0x000f000fu) | ((v >> 1) & 0x00100010u), scale, add);
-  odd[0] = fma_bf16x2(((w >> 8) & 0x000f000fu) | ((v >> 2) & 0x00100010u), scale, add);
-  odd[2] = fma_bf16x2(((w >> 12) & 0x000f000fu) | ((v >> 3) & 0x00100010u), scale, add);
+// four pairs of 5 bits: three and the top bit of the fourth in each half of `w`, the others of the fourth in `v`, one
+// place up, below where `third` has the top bit: with half the scale no bit of it is shifted
+DEVICE void four_pairs_5(u32 w, u32 v, u32 scale, u32 scale_half, u32 add, u32* even, u32* odd) {
+  u32 third = w >> 10;
+  even[0] = fma_bf16x2(w & 0x001f001fu, scale, add);
+  even[2] = fma_bf16x2(w >> 5 & 0x001f001fu, scale, add);
+  odd[0] = fma_bf16x2(third & 0x001f001fu, scale, add);
+  odd[2] = fma_bf16x2((v & 0x001e001eu) | (third & 0x00200020u), scale_half, add);
 }
-DEVICE u32 fifths_of(u32 fifths, int pair) { return pair == 0 ? fifths << 4 : fifths >> (4 * pair - 4); }
+DEVICE u32 fourths_of(u32 rest, int pair) { return __funnelshift_l(rest, rest, 32 - 4 * pair); }
 
-struct NibbleScales : Nibbles {  // what Q4_0 and Q4_1 share
+struct NibbleScales : Words {  // what Q4_0 and Q4_1 share
   u32 scale[2], scale_16th[2], add[2];
   DEVICE void set(int row, float d) {
     u32 s = twice_bf16(d);
@@ -46,7 +48,7 @@ struct Q4_0 : NibbleScales {  // d (q - 8)
   static constexpr float SCALE = 65536.f;
   u32 d;
   DEVICE void load(const char* tile, int lane) {
-    load_nibbles(tile, lane);
+    load_words(tile, lane);
     d = load1(tile + 1024 + lane * 4);
   }
   DEVICE void prepare(int) {
@@ -64,7 +66,7 @@ struct Q4_1 : NibbleScales {  // d q + m
   static constexpr float SCALE = 65536.f;
   u32 dm[2];
   DEVICE void load(const char* tile, int lane) {
-    load_nibbles(tile, lane);
+    load_words(tile, lane);
     load2(dm, tile + 1024 + lane * 8);
   }
   DEVICE void prepare(int) {
@@ -76,16 +78,22 @@ struct Q4_1 : NibbleScales {  // d q + m
   }
 };
 
-struct FiveBits : Nibbles {  // what Q5_0 and Q5_1 share
-  u32 fifths[2], scale[2], add[2];
+struct FiveBits : Words {  // what Q5_0 and Q5_1 share
+  u32 rest[2], scale[2], scale_half[2], add[2];
   DEVICE void load_five(const char* tile, int lane) {
-    load_nibbles(tile, lane);
-    load2(fifths, tile + 1024 + lane * 8);
+    load_words(tile, lane);
+    load2(rest, tile + 1024 + lane * 8);
+  }
+  DEVICE void set(int row, u32 s) {
+    scale[row] = mul_bf16x2(s, power_x2(117));
+    scale_half[row] = mul_bf16x2(s, power_x2(116));
   }
   DEVICE void expand(int, int pair, u32* even, u32* odd) {
 #pragma unroll
-    for (int row = 0; row < 2; row++)
-      four_pairs_5(words[pair * 2 + row], fifths_of(fifths[row], pair), scale[row], add[row], even + row, odd + row);
+    for (int row = 0; row < 2; row++) {
+      u32 w = words[pair * 2 + row], v = fourths_of(rest[row], pair);
+      four_pairs_5(w, v, scale[row], scale_half[row], add[row], even + row, odd + row);
+    }
   }
 };
 
@@ -101,7 +109,7 @@ struct Q5_0 : FiveBits {  // d (q - 16)
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       u32 s = twice_bf16(row ? high_half(d) : low_half(d));
-      scale[row] = mul_bf16x2(s, power_x2(117));
+      set(row, s);
       add[row] = mul_bf16x2(s, power_x2(-12) ^ MINUS_X2);
     }
   }
@@ -118,7 +126,7 @@ struct Q5_1 : FiveBits {  // d q + m
   DEVICE void prepare(int) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-      scale[row] = mul_bf16x2(twice_bf16(row ? high_half(dm[0]) : low_half(dm[0])), power_x2(117));
+      set(row, twice_bf16(row ? high_half(dm[0]) : low_half(dm[0])));
       add[row] = twice_bf16((row ? high_half(dm[1]) : low_half(dm[1])) * 0x1p-16f);
     }
   }
@@ -153,12 +161,12 @@ struct Q8_0 {  // d (v - 128), v the stored byte with its sign bit flipped
   }
 };
 
-struct MXFP4 : Nibbles {  // 2^(E - 127) e2m1: sign, exponent and mantissa are moved under those of bf16, exact
+struct MXFP4 : Words {  // 2^(E - 127) e2m1: sign, exponent and mantissa are moved under those of bf16, exact
   static constexpr int TILE_K = 128, TILE_BYTES = 1088;
   static constexpr float SCALE = 65536.f;
   u32 e, scale[2];
   DEVICE void load(const char* tile, int lane) {
-    load_nibbles(tile, lane);
+    load_words(tile, lane);
     e = load_u16(tile + 1024 + lane * 2);
   }
   DEVICE void prepare(int) {  // 2^(E - 17) in bf16: the moved bits mean 2^-126 of the code, the operand has 2^-16

@@ -12,8 +12,9 @@ struct Four {  // integers; number 2 h + e
   int n[4];
 };
 
-DEVICE u32 bits(u32 word, int width, int i) {
-  return word >> (width * (i >> 1) + 16 * (i & 1)) & ((1u << width) - 1);
+DEVICE Four four(u32 first, u32 second, u32 mask, int zero) {  // the lowest bits of each half, minus `zero`
+  return {(int)(first & mask) - zero, (int)(first >> 16 & mask) - zero,
+          (int)(second & mask) - zero, (int)(second >> 16 & mask) - zero};
 }
 DEVICE float half_at(const char* p) { return low_half(load_u16(p)); }
 
@@ -28,22 +29,18 @@ DEVICE float4 plus(float4 a, float m) {
 }
 
 // ---- blocks of 32
-DEVICE u32 nibble_word(const char* tile, const At& a) {
+DEVICE u32 word_at(const char* tile, const At& a) {
   return load1(tile + (((a.c * 2 + a.v) * 32 + a.lane) * 4 + a.l * 2 + a.r) * 4);
 }
-DEVICE Four nibbles(const char* tile, const At& a, int zero) {  // numbers minus `zero`
-  const u32 word = nibble_word(tile, a) >> 8 * a.j;
-  Four q;
-#pragma unroll
-  for (int i = 0; i < 4; i++) q.n[i] = (int)bits(word, 4, i) - zero;
-  return q;
+DEVICE Four nibbles(const char* tile, const At& a, int zero) {
+  const u32 word = word_at(tile, a) >> 8 * a.j;
+  return four(word, word >> 4, 15, zero);
 }
-DEVICE Four five_bits(const char* tile, const char* fifths, const At& a, int zero) {
-  const u32 upper = load1(fifths + ((a.lane * (TILE_K / 128) + a.c) * 2 + a.r) * 4) >> (8 * a.v + 4 * a.l + 2 * a.j);
-  Four q = nibbles(tile, a, zero);
-#pragma unroll
-  for (int i = 0; i < 4; i++) q.n[i] += (int)(bits(upper, 1, i) << 4);
-  return q;
+DEVICE Four five_bits(const char* tile, const char* plane, const At& a, int zero) {
+  const u32 word = word_at(tile, a), rest = load1(plane + ((a.lane * (TILE_K / 128) + a.c) * 2 + a.r) * 4);
+  if (a.j == 0) return four(word, word >> 5, 31, zero);
+  const u32 lower = __funnelshift_l(rest, rest, 31 - 4 * (2 * a.v + a.l));
+  return four(word >> 10, (lower & 0x000f000fu) | (word >> 11 & 0x00100010u), 31, zero);
 }
 DEVICE float scale_at(const char* plane, const At& a) { return half_at(plane + a.lane * 4 + a.r * 2); }
 DEVICE float4 scale_and_min(const Four& q, const char* plane, const At& a) {
@@ -69,7 +66,7 @@ DEVICE float4 Q8_0(const char* tile, const At& a) {  // the sign bit is kept fli
   return times(floats(q), scale_at(tile + 2048, a));
 }
 DEVICE float4 MXFP4(const char* tile, const At& a) {  // twice the number times half the scale, as in quant/mxfp4
-  const u32 word = nibble_word(tile, a), e = load_u16(tile + 1024 + a.lane * 2) >> 8 * a.r & 255;
+  const u32 word = word_at(tile, a), e = load_u16(tile + 1024 + a.lane * 2) >> 8 * a.r & 255;
   const u32 turned = __funnelshift_l(word, word, 6);
   const u32 pairs[2] = {a.j ? turned : word, a.j ? (turned & 0x001B001Bu) * 0x4108u : word << 3};
   Four q;
@@ -96,11 +93,11 @@ DEVICE float4 Q5_K(const char* tile, const At& a) {
   return scale_and_shift(five_bits(tile, tile + 2048, a, 0), tile + 2560, a);
 }
 DEVICE float4 Q6_K(const char* tile, const At& a) {
-  const u32 word = load1(tile + 2048 + ((a.c * 32 + a.lane) * 4 + a.v * 2 + a.r) * 4) >> (8 * a.l + 4 * a.j);
+  const u32 word = word_at(tile, a);
+  const u32 rest = load1(tile + 2048 + ((a.c * 32 + a.lane) * 4 + a.v * 2 + a.r) * 4) >> 8 * a.l;
   const u32 scales = load1(tile + 3072 + (a.c * 32 + a.lane) * 4);
-  Four q = nibbles(tile, a, 32);
-#pragma unroll
-  for (int i = 0; i < 4; i++) q.n[i] += (int)(bits(word, 2, i) << 4);
+  const u32 last = (word >> 4 & 0x003c003cu) | (rest & 0x00030003u);
+  const Four q = a.j ? four(rest >> 2, last, 63, 32) : four(word, word >> 10, 63, 32);
   const float scale = (float)(signed char)(scales >> 8 * (2 * a.r + a.v));
   return times(floats(q), __fmul_rn(scale, half_at(tile + 3328 + a.row * 2)));
 }
