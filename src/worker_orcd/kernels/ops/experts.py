@@ -16,7 +16,7 @@ from torch import Tensor
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
-from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant
+from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant
 from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Ops, Part, rows_source
 from worker_orcd.kernels.source import Source
 from worker_orcd.quant.tiles import tile_bytes
@@ -63,6 +63,7 @@ class Routing:
 class ExpertOps:
     def __init__(self, gpu: Gpu, ops: Ops) -> None:
         self._gpu, self._ops = gpu, ops
+        self._begun = set[LinearPlan]()  # those whose kernels are being compiled
 
     def route(
         self, scores: Sequence[Part], num_experts: int, num_used: int, over_chosen: bool, unit: int | None = None
@@ -140,19 +141,27 @@ class ExpertOps:
         return Part(out, bias, routing.experts)
 
     def _choose(self, matrix: TiledMatrix, routing: Routing) -> Grouped:
-        n, card, plan, words = matrix.shape[0], self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
-        if routing.unit >= MANY_ROWS and card.has_wgmma:
-            ctas = 2 if routing.unit <= 64 and words <= 18 else 1
-            depth = 1 if words >= 32 else 2
-            many = ManyTokens(routing.unit, 2, depth, 12 if routing.unit <= 32 else 6, plan.slices > 1, ctas)
-            return Grouped(many, -(-n // 128))
-        early = routing.unit == 8 and words <= 18 and plan.longest_slice_tiles <= SHORT_SLICE
-        few = FewTokens(routing.unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early)
+        if matrix.plan not in self._begun:  # the other units will come; to compile them then would hold up a step
+            self._begun.add(matrix.plan)
+            for unit in UNITS[self._gpu.card.has_wgmma]:
+                self._gpu.compile_ahead(kernel_of(matrix.type, self._variant(matrix, unit), grouped=True)[0])
+        variant, strips = self._variant(matrix, routing.unit), -(-matrix.shape[0] // 16)
+        if isinstance(variant, ManyTokens):
+            return Grouped(variant, -(-strips // (4 * variant.warpgroups)))
+        busy = routing.num_experts * (1 - (1 - routing.share) ** len(routing.weights))
+        per_warp = min(MOST_STRIPS, max(1, round(busy * strips * matrix.plan.slices / (WAVES * WARPS))))
+        return Grouped(variant, -(-strips // (variant.warps * per_warp)))
+
+    def _variant(self, matrix: TiledMatrix, unit: int) -> Variant:
+        card, plan, words = self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
+        if unit >= MANY_ROWS and card.has_wgmma:
+            ctas = 2 if unit <= 64 and words <= 18 else 1
+            return ManyTokens(unit, 2, 1 if words >= 32 else 2, 12 if unit <= 32 else 6, plan.slices > 1, ctas)
+        early = unit == 8 and words <= 18 and plan.longest_slice_tiles <= SHORT_SLICE
+        few = FewTokens(unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early)
         while few.groups > 1 and plan.shared_bytes(few) > card.shared_bytes:
             few = replace(few, groups=few.groups // 2)
-        strips, busy = -(-n // 16), routing.num_experts * (1 - (1 - routing.share) ** len(routing.weights))
-        per_warp = min(MOST_STRIPS, max(1, round(busy * strips * plan.slices / (WAVES * WARPS))))
-        return Grouped(few, -(-strips // (few.warps * per_warp)))
+        return few
 
     def combine(self, given: Part, routing: Routing) -> Tensor:
         """What the places gave → rows f32 [T, N], slot by slot in order."""
