@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, attention_kernel, fold_kernel
+from worker_orcd.kernels.driver import divide_l1
 
 DECODE_ROWS = 16  # the fewest rows of a tensor core product
 UNROLL = 8  # partials loaded at once when they are folded
@@ -225,13 +226,15 @@ def launch_decodes(call: Call, launch: Launch) -> None:
     _launch(call, launch, grid, is_prompt=False, partials=partials)
     if partials is not None:
         pages, overlaps = call.pages, _overlaps(call.q.device)
-        fold_kernel[(call.num_seqs, form.num_heads)](
+        kernel = fold_kernel[(call.num_seqs, form.num_heads)](
             *(call.out, partials, call.sinks, pages.query_starts, pages.context_lens, call.max_splits),
             *(call.image_groups, form.head_dim, form.window, UNROLL, call.image_pad, overlaps),
             num_warps=1,
             enable_fp_fusion=False,
             launch_pdl=overlaps,
         )
+        if overlaps:
+            divide_l1(kernel.function)
 
 
 def partial_elems(form: Form, num_seqs: int, max_splits: int) -> int:
@@ -249,7 +252,7 @@ def _launch(
     call: Call, launch: Launch, grid: tuple[int, int, int], is_prompt: bool, partials: Tensor | None = None
 ) -> None:
     pages, form, overlaps = call.pages, call.form, _overlaps(call.q.device)
-    attention_kernel[grid](
+    kernel = attention_kernel[grid](
         *(call.out, call.q, call.k, call.v, call.sinks),
         *(pages.query_starts, pages.context_lens, pages.block_table, partials),
         *(call.num_seqs, pages.block_table.shape[1], call.image_groups),
@@ -262,3 +265,5 @@ def _launch(
         enable_fp_fusion=False,
         launch_pdl=overlaps,
     )
+    if overlaps:
+        divide_l1(kernel.function)

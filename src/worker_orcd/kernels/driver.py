@@ -82,6 +82,16 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+@lru_cache(maxsize=1024)
+def divide_l1(function: int) -> None:
+    """Ask for one division of L1 and shared memory, the same for every kernel of a step; `function`: a CUfunction.
+
+    To change it a multiprocessor must come to rest, and then a kernel cannot start beside the end of the one before:
+    2 µs at each attention of a decode step.
+    """
+    check(_driver().cuFuncSetAttribute(ctypes.c_void_p(function), SHARED_PERCENT, 100), "dividing L1")
+
+
 class Kernel:
     """One function of compiled code, loaded on a device. `shared_bytes` of shared memory for each block.
 
@@ -97,9 +107,7 @@ class Kernel:
         check(lib.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
         check(lib.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
         self._function = function
-        # One way to divide L1 for all kernels: to change it a multiprocessor must come to rest, and then a kernel
-        # cannot start beside the end of the one before (1 to 2 µs at each attention of a decode step).
-        check(lib.cuFuncSetAttribute(function, SHARED_PERCENT, 100), f"dividing L1 for {name}")
+        divide_l1(function.value or 0)
         if shared_bytes > SHARED_WITHOUT_ASKING_BYTES:
             code_ = lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared_bytes)
             check(code_, f"{shared_bytes} bytes of shared memory for {name}")
