@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worker_orcd.engine import sampler as sampler_module
+from worker_orcd.engine.draws import philox, uniforms
 from worker_orcd.engine.request import Request, SamplingParams
-from worker_orcd.engine.sampler import Sampler, SamplingBatch, draw, filtered, penalize, philox, uniforms
+from worker_orcd.engine.sampler import Sampler, SamplingBatch, draw, filtered, penalize
 from worker_orcd.engine.sequence import Sequence
 from worker_orcd.kv.prefix import PrefixChain
 

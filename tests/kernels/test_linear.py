@@ -15,8 +15,8 @@ from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Card, Gpu, Work
-from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, plan_pair, tiled
-from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear
+from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, tiled
+from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.kernels.source import Source
 from worker_orcd.quant.format import FORMATS

@@ -10,8 +10,8 @@ from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels import nvrtc
 from worker_orcd.kernels.gpu import Card
-from worker_orcd.kernels.linear.linear import kernel_of, pair_kernel_of, plan_pair
-from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear
+from worker_orcd.kernels.linear.linear import kernel_of, pair_kernel_of
+from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import KV_BITS, embed_source
 from worker_orcd.kernels.ops.sample import SOURCE
 from worker_orcd.kernels.source import Source, defined

@@ -33,7 +33,7 @@ from worker_orcd.engine.sequence import Chunk
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.attention import Form, decode_launch, partial_elems
 from worker_orcd.kernels.gpu import Card
-from worker_orcd.kernels.linear.plan import choose_slices, plan_linear
+from worker_orcd.kernels.linear.plan import choose_expert_slices, choose_slices, plan_linear
 from worker_orcd.kernels.ops.experts import unit_rows
 from worker_orcd.kernels.ops.ops import image_shape
 from worker_orcd.kv.paged import PagedAllocator
@@ -55,6 +55,7 @@ def test_products_leave_no_more_than_planned_and_not_much_less(kind: GgmlType) -
     for shape in SHAPES:
         plan = plan_linear(*shape, kind)
         assert choose_slices(*shape, kind) <= workspace.most_slices(kind, shape)
+        assert choose_expert_slices(*shape, kind, 4) == workspace.expert_slices(kind, shape, 4)
         most = 0
         for rows in (1, 8, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 256, 257, 384, 500, 512):
             for card in (

@@ -18,6 +18,7 @@ class ExpertMlp:
 
 
 def expert_mlp(tensors: LayerTensors) -> Mlp:
+    """Gate and up become one matrix, an expert's side by side, where their formats allow it."""
     spec = tensors.spec.experts
     assert spec is not None
     shared = None

@@ -154,11 +154,15 @@ def _experts(dims: Dims, rows: int, layer: Matrices) -> int:
     for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
         kind, (n, k) = layer[name]
         own = n // num_experts
-        strips, depth = tile_grid(kind, (own * dims.num_experts_used, k))
-        slices = min(depth, max(-(-WARPS // strips), -(-depth * TILE_K[kind] // LONGEST_SLICE)))
-        total += F32 * max(slices * small, places) * own
+        total += F32 * max(expert_slices(kind, (own, k), dims.num_experts_used) * small, places) * own
     shared = _product(rows, layer, "ffn_gate_shexp", "ffn_up_shexp") + 2 * _product(rows, layer, "ffn_down_shexp")
     return total + shared
+
+
+def expert_slices(type: GgmlType, shape: tuple[int, int], num_used: int) -> int:
+    """Those that kernels/linear/plan.py chooses for the matrix of one expert."""
+    strips, depth = tile_grid(type, (shape[0] * num_used, shape[1]))
+    return min(depth, max(-(-WARPS // strips), -(-depth * TILE_K[type] // LONGEST_SLICE)))
 
 
 def expert_unit(pairs: int, num_experts: int, has_wgmma: bool) -> int:

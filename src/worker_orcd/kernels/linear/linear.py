@@ -15,8 +15,8 @@ from torch import Tensor
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
-from worker_orcd.kernels.gpu import Card, Gpu, Work
-from worker_orcd.kernels.linear.plan import FEW_TOKENS, FewTokens, LinearPlan, ManyTokens, Variant, plan_linear
+from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
@@ -65,15 +65,6 @@ class TiledMatrix:
 
 def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> TiledMatrix:
     return TiledMatrix(type, shape, tiles, plan_linear(*shape, type), count)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """How two matrices are multiplied in one launch; nothing in it changes a bit of the results."""
-
-    variants: tuple[FewTokens, FewTokens]  # alike in all but the depth
-    blocks: tuple[int, int]  # that share the strips of each, for every slice
-    shared_bytes: int  # of a block
 
 
 class Linear:
@@ -199,41 +190,6 @@ def pair_kernel_of(first: GgmlType, second: GgmlType, variants: tuple[FewTokens,
     source, _ = kernel_of(first, variants[0])
     options = defined(SECOND=second.name, SECOND_DEPTH=variants[1].depth)
     return replace(source, options=(*source.options, *options)), "qmm_pair"
-
-
-@lru_cache(maxsize=1024)
-def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, num_sms: int) -> Pair | None:
-    """None where a launch of its own is better for each: many rows, or plans with other numbers of registers."""
-    if not 0 < num_rows <= FEW_TOKENS:
-        return None
-    one, two = first.variant(num_rows, card), second.variant(num_rows, card)
-    assert isinstance(one, FewTokens)
-    assert isinstance(two, FewTokens)
-    if (one.groups, one.warps * one.ctas) != (two.groups, two.warps * two.ctas):
-        return None
-    one = replace(one, early=one.early and two.early)
-    most = one.ctas * num_sms // -(-num_rows // (8 * one.groups))
-    shared = max(first.shared_bytes(one), second.shared_bytes(one))
-    return Pair((one, replace(one, depth=two.depth)), _divided(first, second, one.warps, most), shared)
-
-
-def _divided(first: LinearPlan, second: LinearPlan, warps: int, most: int) -> tuple[int, int]:
-    """Of `most` blocks, those for a slice of each, so that no warp has many more bytes to read than others."""
-
-    def strips(plan: LinearPlan) -> int:
-        return tile_grid(plan.type, plan.shape)[0]
-
-    def longest(plan: LinearPlan, blocks: int) -> int:
-        return -(-strips(plan) // (blocks * warps)) * plan.longest_slice_tiles * tile_bytes(plan.type)
-
-    def fit(plan: LinearPlan, left: int) -> int:
-        return max(1, min(-(-strips(plan) // warps), left // plan.slices))
-
-    divisions = [
-        (blocks, fit(second, most - blocks * first.slices))
-        for blocks in range(1, fit(first, most - second.slices) + 1)
-    ]
-    return min(divisions, key=lambda d: sorted((longest(first, d[0]), longest(second, d[1])), reverse=True))
 
 
 def check_equal_bits(linear: Linear, ops: Ops, device: torch.device) -> None:

@@ -6,8 +6,8 @@ result is too. The rules are what measurements on an H200 (132 multiprocessors) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.gpu import Card
@@ -177,3 +177,47 @@ def choose_expert_slices(n: int, k: int, type: GgmlType, num_used: int) -> int:
     strips, depth = tile_grid(type, (n * num_used, k))
     fewest = -(-depth * TILE_K[type] // LONGEST_SLICE)
     return min(depth, max(fewest, -(-WARPS_PER_SM * MULTIPROCESSORS // strips)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How two matrices are multiplied in one launch; nothing in it changes a bit of the results."""
+
+    variants: tuple[FewTokens, FewTokens]  # alike in all but the depth
+    blocks: tuple[int, int]  # that share the strips of each, for every slice
+    shared_bytes: int  # of a block
+
+
+@lru_cache(maxsize=1024)
+def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, num_sms: int) -> Pair | None:
+    """None where a launch of its own is better for each: many rows, or plans with other numbers of registers."""
+    if not 0 < num_rows <= FEW_TOKENS:
+        return None
+    one, two = first.variant(num_rows, card), second.variant(num_rows, card)
+    assert isinstance(one, FewTokens)
+    assert isinstance(two, FewTokens)
+    if (one.groups, one.warps * one.ctas) != (two.groups, two.warps * two.ctas):
+        return None
+    one = replace(one, early=one.early and two.early)
+    most = one.ctas * num_sms // -(-num_rows // (8 * one.groups))
+    shared = max(first.shared_bytes(one), second.shared_bytes(one))
+    return Pair((one, replace(one, depth=two.depth)), _divided(first, second, one.warps, most), shared)
+
+
+def _divided(first: LinearPlan, second: LinearPlan, warps: int, most: int) -> tuple[int, int]:
+    """Of `most` blocks, those for a slice of each, so that no warp has many more bytes to read than others."""
+
+    def strips(plan: LinearPlan) -> int:
+        return tile_grid(plan.type, plan.shape)[0]
+
+    def longest(plan: LinearPlan, blocks: int) -> int:
+        return -(-strips(plan) // (blocks * warps)) * plan.longest_slice_tiles * tile_bytes(plan.type)
+
+    def fit(plan: LinearPlan, left: int) -> int:
+        return max(1, min(-(-strips(plan) // warps), left // plan.slices))
+
+    divisions = [
+        (blocks, fit(second, most - blocks * first.slices))
+        for blocks in range(1, fit(first, most - second.slices) + 1)
+    ]
+    return min(divisions, key=lambda d: sorted((longest(first, d[0]), longest(second, d[1])), reverse=True))

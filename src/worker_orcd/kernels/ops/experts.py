@@ -16,19 +16,20 @@ from torch import Tensor
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
-from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant
+from worker_orcd.kernels.linear.plan import MULTIPROCESSORS, WARPS_PER_SM, FewTokens, LinearPlan, ManyTokens, Variant
 from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Ops, Part, rows_source
 from worker_orcd.kernels.source import Source
 from worker_orcd.quant.tiles import tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
-ARRANGERS, TOGETHER_ROWS = 1024, 32  # threads of rows.cu, and for how many rows one block both routes and arranges
+ARRANGERS = 1024  # threads, of rows.cu
+TOGETHER_ROWS = ARRANGERS // 32  # that one block both routes, a warp each, and arranges
 UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 48, 64, 96, 128)}  # rows; without and with wgmma
 MANY_ROWS = 24  # units from here on are for wgmma
 MOST_STRIPS = 3  # of a warp
 SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
-WARPS = 2112  # an H200 holds with 128 registers a thread
-WAVES = 2.4  # of them: fewer leave multiprocessors idle at the end, more begin too often; measured
+WARPS = WARPS_PER_SM * MULTIPROCESSORS
+WAVES = 2.4  # of so many warps: fewer leave multiprocessors idle at the end, more begin too often; measured
 
 
 class Grouped(NamedTuple):

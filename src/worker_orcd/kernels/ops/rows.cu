@@ -349,13 +349,13 @@ arrange(const int* chosen, int* places, int* experts, int* owners, int pairs, in
   arrange_pairs(chosen, places, experts, owners, pairs, units, unit);
 }
 
-// Both, for few rows. grid (1), ARRANGERS threads
+// Both, for at most a row a warp. grid (1), ARRANGERS threads
 extern "C" __global__ void __launch_bounds__(ARRANGERS)
 route_and_arrange(const __grid_constant__ Sums scores, int* chosen, float* weights, int* places, int* experts,
                   int* owners, int T, int over_chosen, int units, int unit) {
   start_next_kernel();
   await_previous_kernel();
-  for (int t = threadIdx.x >> 5; t < T; t += ARRANGERS / 32) route_row(scores, chosen, weights, t, T, over_chosen);
+  if ((threadIdx.x >> 5) < T) route_row(scores, chosen, weights, threadIdx.x >> 5, T, over_chosen);
   __syncthreads();
   arrange_pairs(chosen, places, experts, owners, T * USED, units, unit);
 }
