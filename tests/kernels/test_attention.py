@@ -245,7 +245,7 @@ from worker_orcd.kernels import attention_kernels as kernels
 TYPES = dict(out="*bf16", q="*fp32", k="*fp16", v="*fp16", query_starts="*i64", context_lens="*i64",
              block_table="*i64", partials="*fp32", num_seqs="i32", table_width="i32", groups="i32", factor="fp32",
              max_splits="i32")
-VALUES = dict(SOFT_CAP=0.0, GROUP=4, DIM=64, BLOCK=32, WINDOW=0, ROWS=16, IS_PROMPT=False, PAD=128, OVERLAPS=True,
+VALUES = dict(SOFT_CAP=0.0, GROUP=4, DIM=64, BLOCK=32, WINDOW=0, ROWS=16, PAD=128, OVERLAPS=True,
               UNROLL=8, sinks=None)
 
 name, stages, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
@@ -262,9 +262,9 @@ print(built.asm["ptx"])
 @pytest.mark.parametrize(
     ("name", "num_stages", "changes"),
     [
-        ("attention_kernel", 5, {}),
-        ("attention_kernel", 3, {"partials": None}),
-        ("attention_kernel", 3, {"partials": None, "ROWS": 64, "IS_PROMPT": True}),
+        ("decode_kernel", 5, {}),
+        ("decode_kernel", 3, {"partials": None}),
+        ("prompt_kernel", 3, {"ROWS": 64}),
         ("fold_kernel", 3, {}),
     ],
 )

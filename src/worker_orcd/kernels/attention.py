@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, attention_kernel, fold_kernel
+from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, decode_kernel, fold_kernel, prompt_kernel
 from worker_orcd.kernels.driver import divide_l1
 
 DECODE_ROWS = 16  # the fewest rows of a tensor core product
@@ -214,7 +215,7 @@ def decode_launch(form: Form, num_seqs: int, max_splits: int, itemsize: int = 2)
 def launch_prompts(call: Call, launch: Launch) -> None:
     """Rows of all sequences that have more than one."""
     num_tiles = call.q.shape[0] // (launch.rows // call.form.group) + call.num_seqs
-    _launch(call, launch, (num_tiles, call.form.num_kv_heads, 1), is_prompt=True)
+    _launch(prompt_kernel, call, launch, (num_tiles, call.form.num_kv_heads, 1), (call.num_seqs,))
 
 
 def launch_decodes(call: Call, launch: Launch) -> None:
@@ -223,7 +224,7 @@ def launch_decodes(call: Call, launch: Launch) -> None:
     if launch.num_parts > 1:
         partials = call.q.new_empty(partial_elems(form, call.num_seqs, call.max_splits), dtype=torch.float32)
     grid = call.num_seqs, form.num_kv_heads, launch.num_parts
-    _launch(call, launch, grid, is_prompt=False, partials=partials)
+    _launch(decode_kernel, call, launch, grid, (partials,))
     if partials is not None:
         pages, overlaps = call.pages, _overlaps(call.q.device)
         kernel = fold_kernel[(call.num_seqs, form.num_heads)](
@@ -248,16 +249,15 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(
-    call: Call, launch: Launch, grid: tuple[int, int, int], is_prompt: bool, partials: Tensor | None = None
-) -> None:
+def _launch(kernel: Any, call: Call, launch: Launch, grid: tuple[int, int, int], own: tuple[Any, ...]) -> None:
+    """`own`: the integers or partials that only this kernel takes, after what both have."""
     pages, form, overlaps = call.pages, call.form, _overlaps(call.q.device)
-    kernel = attention_kernel[grid](
+    launched = kernel[grid](
         *(call.out, call.q, call.k, call.v, call.sinks),
-        *(pages.query_starts, pages.context_lens, pages.block_table, partials),
-        *(call.num_seqs, pages.block_table.shape[1], call.image_groups),
+        *(pages.query_starts, pages.context_lens, pages.block_table, *own),
+        *(pages.block_table.shape[1], call.image_groups),
         form.scale if form.soft_cap else form.scale * LOG2_E.value,
-        *(form.soft_cap, form.group, form.head_dim, call.k.shape[1], form.window, launch.rows, is_prompt),
+        *(form.soft_cap, form.group, form.head_dim, call.k.shape[1], form.window, launch.rows),
         *(call.image_pad, overlaps),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -266,4 +266,4 @@ def _launch(
         launch_pdl=overlaps,
     )
     if overlaps:
-        divide_l1(kernel.function)
+        divide_l1(launched.function)

@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-1e30)  # a running maximum before anything was seen; fini
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_width", "groups"])
-def attention_kernel(
+def prompt_kernel(
     out,  # [T, Hq, D], or an operand's image
     q,  # [T, Hq, D]
     k,  # [blocks, BLOCK, Hk, D]
@@ -27,7 +27,6 @@ def attention_kernel(
     query_starts,  # [S + 1]
     context_lens,  # [S]
     block_table,  # [S, table_width]
-    partials,  # acc [S, Hq, splits, D], then (peak, total) [S, Hq, splits, 2]; or None: fold here
     num_seqs,
     table_width,
     groups,  # of 8 tokens in the image; 0: there is none
@@ -38,32 +37,90 @@ def attention_kernel(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
-    IS_PROMPT: tl.constexpr,
     PAD: tl.constexpr,  # columns of the image beyond Hq · D; they become zeros
     OVERLAPS: tl.constexpr,  # this kernel starts before the one before it has ended
 ):
-    """Program (tile or sequence, key/value head, part): ROWS query rows in registers, keys and values stream by."""
+    """Program (tile, key/value head): ROWS rows of a sequence that has several queries."""
     if OVERLAPS:
         gdc_launch_dependents()
     QUERIES: tl.constexpr = ROWS // GROUP
-    TILE: tl.constexpr = 64 if DIM <= 128 else 32  # keys at a time: part of the order of addition
-    kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
-    if IS_PROMPT:
-        number = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts start first
-        seq = _sequence_of(number, query_starts, num_seqs, QUERIES)
-        begin, num_queries = _queries_of(seq, query_starts)
-        first = (number - begin // QUERIES - seq) * QUERIES
-        is_mine = (num_queries > 1) & (first < num_queries)
-    else:
-        seq, first = tl.program_id(0), 0
-        begin, num_queries = _queries_of(seq, query_starts)
-        is_mine = num_queries == 1
+    number = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts start first
+    seq = _sequence_of(number, query_starts, num_seqs, QUERIES)
+    begin, num_queries = _queries_of(seq, query_starts)
+    first = (number - begin // QUERIES - seq) * QUERIES
     context_len = tl.load(context_lens + seq, cache_modifier=".cg").to(tl.int32)  # together with the starts
     if OVERLAPS:  # the integers are there since before the step's first kernel; who leaves must have waited, too
         gdc_wait()
-    if not is_mine:
+    if not ((num_queries > 1) & (first < num_queries)):
         return
+    where, tensors = (seq, begin, num_queries, first, context_len), (out, q, k, v, block_table)
+    _attend(where, tensors, sinks, None, num_seqs, table_width, groups, factor, SOFT_CAP, GROUP, DIM, BLOCK,
+            WINDOW, ROWS, PAD, True)  # fmt: skip
 
+
+@triton.jit(do_not_specialize=["table_width", "groups"])
+def decode_kernel(
+    out,  # these are as for prompt_kernel
+    q,
+    k,
+    v,
+    sinks,
+    query_starts,
+    context_lens,
+    block_table,
+    partials,  # acc [S, Hq, splits, D], then (peak, total) [S, Hq, splits, 2]; or None: fold here
+    table_width,
+    groups,
+    factor,
+    SOFT_CAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAD: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Program (sequence, key/value head, part): the rows of a sequence that has one query."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+    seq = tl.program_id(0)
+    begin, num_queries = _queries_of(seq, query_starts)
+    context_len = tl.load(context_lens + seq, cache_modifier=".cg").to(tl.int32)
+    if OVERLAPS:
+        gdc_wait()
+    if num_queries != 1:
+        return
+    where, tensors = (seq, begin, num_queries, 0, context_len), (out, q, k, v, block_table)
+    _attend(where, tensors, sinks, partials, tl.num_programs(0), table_width, groups, factor, SOFT_CAP, GROUP,
+            DIM, BLOCK, WINDOW, ROWS, PAD, False)  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    where,  # the sequence, its first row, how many it has, the first of them to work on, the context's length
+    tensors,
+    sinks,
+    partials,
+    num_seqs,
+    table_width,
+    groups,
+    factor,
+    SOFT_CAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAD: tl.constexpr,
+    IS_PROMPT: tl.constexpr,
+):
+    """ROWS query rows in registers, keys and values stream by."""
+    QUERIES: tl.constexpr = ROWS // GROUP
+    TILE: tl.constexpr = 64 if DIM <= 128 else 32  # keys at a time: part of the order of addition
+    kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
+    seq, begin, num_queries, first, context_len = where
+    out, q, k, v, block_table = tensors
     rows = tl.arange(0, ROWS)
     query, heads = first + rows // GROUP, kv_head * GROUP + rows % GROUP
     is_row = (rows < QUERIES * GROUP) & (query < num_queries)
