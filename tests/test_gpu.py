@@ -173,7 +173,7 @@ def test_the_plan_bounds_what_the_driver_says_was_taken(backend: str, slack_mib:
 
 
 LOAD = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from worker_orcd.assemble import draw_up, load_runtime
 from worker_orcd.config import WorkerConfig
@@ -182,7 +182,8 @@ config, seen = WorkerConfig(model=Path(sys.argv[1]), device="cuda", kv_cache_siz
 blueprint = draw_up(config)
 runtime = load_runtime(config, blueprint, lambda percent, *_: seen.append(percent))
 stored = sum(info.nbytes for info in blueprint.gguf.tensors.values())
-host_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+status = Path("/proc/self/status").read_text()  # getrusage would count what the parent held when it forked
+host_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
 print(json.dumps([stored, runtime.ledger.by_purpose()["weights"], host_mib, seen]))
 """
 

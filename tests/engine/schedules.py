@@ -195,7 +195,7 @@ class Bench:
 
     def _draw_cache(self, rng: random.Random, requests: list[Request], is_crowd: bool) -> KVCacheAllocator:
         """From just enough for the largest request to plenty."""
-        most = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+        most = max(len(request.prompt_ids) + max(1, request.max_tokens) for request in requests)
         if not is_crowd and rng.random() < 0.1:
             return ContiguousAllocator(rng.randint(1, len(requests)), most)
         block = rng.choice((1, 1, 2, 2, 4, 4, 8, 16, 32, 64, 256))

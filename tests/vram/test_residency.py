@@ -50,6 +50,7 @@ def test_what_ledger_and_driver_see_differently_is_said_with_both_numbers() -> N
 def test_a_tensor_that_lies_elsewhere_is_named() -> None:
     tensors = {"model.a": torch.zeros(1), "cache.0.k": torch.zeros(1)}
     places = {tensor.data_ptr(): "device 0" for tensor in tensors.values()}
+    tensors["model.rope.cos"] = torch.zeros(16, 0)  # of a model without rotation: it lies nowhere
     inspect = Residency(tensors, "device 0", places.__getitem__)
     assert inspect() == ""
     for place in ("managed memory", "device 1"):

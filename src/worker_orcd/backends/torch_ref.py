@@ -8,7 +8,8 @@ How a row stays independent of its neighbours, bit for bit:
   - attention cuts the context at multiples of SPLIT positions and combines the pieces in order with a running
     maximum and sum (arXiv:2205.14135), so every product has one shape at every context length, and a piece
     that is wholly masked for a row multiplies by one and adds zero;
-  - norms are reduced in the same tiles: on a GPU the number of rows decides how a sum is cut;
+  - sums over a row are taken in the same tiles, since on a GPU the number of rows decides how a sum is cut, and
+    a row at a time where rows are no multiple of 16 bytes, since there the alignment decides it too;
   - silu is written with exp, since torch's own uses a different formula for the elements left over by the
     vector width, which depend on the number of rows.
 """
@@ -161,7 +162,7 @@ def choose(scores: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
     ordered, index = scores.sort(dim=-1, descending=True, stable=True)
     weighed = ordered[:, : experts.num_used] if experts.is_normalized else ordered
     exps = torch.exp(weighed - weighed[:, :1])
-    total = by_tiles(exps, ROW_TILE, lambda tile: tile.sum(-1, keepdim=True))
+    total = by_rows(exps, lambda tile: tile.sum(-1, keepdim=True))
     return index[:, : experts.num_used], exps[:, : experts.num_used] / total
 
 
@@ -191,8 +192,8 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
     if norm is None:
         return x
     if norm.bias is not None:
-        x = x - by_tiles(x, ROW_TILE, lambda tile: tile.mean(-1, keepdim=True))
-    mean = by_tiles(x, ROW_TILE, lambda tile: tile.square().mean(-1, keepdim=True))
+        x = x - by_rows(x, lambda tile: tile.mean(-1, keepdim=True))
+    mean = by_rows(x, lambda tile: tile.square().mean(-1, keepdim=True))
     x = x * (mean + norm.eps).rsqrt() * norm.weight
     return x if norm.bias is None else x + norm.bias
 
@@ -230,6 +231,11 @@ def by_tiles(x: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tens
         tile[: len(piece)] = piece
         pieces.append(function(tile)[: len(piece)])
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def by_rows(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A reduction over the last dimension of float32 x [T, ...], of which each row gets the bits it gets alone."""
+    return by_tiles(x, ROW_TILE if x.shape[-1] % 4 == 0 else 1, function)
 
 
 def tiled_matmul(x: Tensor, matrix: Tensor, rows: int) -> Tensor:

@@ -17,7 +17,7 @@ class Residency:
     """`locate` asks the driver where an address lies and answers as `place` is written: "device 0"."""
 
     def __init__(self, tensors: Mapping[str, Tensor], place: str, locate: Callable[[int], str]) -> None:
-        self._addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        self._addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
         self._place, self._locate = place, locate
 
     def __call__(self) -> str:
