@@ -80,7 +80,7 @@ def candidates(unit: int, n: int, slices: int, active: int, num_sms: int) -> Ite
             if per_warp == 1 and at_once < blocks:
                 yield Grouped(FewTokens(unit // 8, warps, depth, ctas, early), at_once)
     if unit >= 16:
-        many = ((2, 1, 2, 6), (2, 1, 3, 6), (2, 2, 1, 6), (2, 2, 2, 6), (2, 1, 2, 12), (2, 2, 2, 12), (4, 1, 2, 12))
+        many = ((2, 1, 3, 6), (2, 2, 2, 3), (2, 2, 3, 3), (2, 2, 2, 6), (2, 3, 2, 3), (3, 2, 2, 3), (1, 4, 3, 3))
         for groups, ctas, depth, stages in many:
             for sequential in {slices > 1, False}:
                 yield Grouped(ManyTokens(unit, groups, depth, stages, sequential, ctas), -(-n // (64 * groups)))

@@ -152,20 +152,20 @@ def candidates(num_tokens: int) -> Iterator[Variant]:
                 yield FewTokens(groups, warps, depth, ctas, early)
     if num_tokens > 8:
         for tokens, groups, stages in (
-            (16, 4, 16),
-            (16, 2, 16),
-            (32, 2, 12),
-            (32, 4, 12),
-            (64, 2, 8),
-            (64, 3, 8),
+            (16, 4, 8),
+            (16, 2, 8),
+            (32, 2, 6),
+            (32, 4, 6),
+            (64, 2, 4),
+            (64, 3, 4),
             (128, 2, 6),
         ):
             for depth in (1, 2, 3):
                 for sequential in (False, True):
                     if tokens >= min(num_tokens, 64) and tokens <= max(32, num_tokens):
                         yield ManyTokens(tokens, groups, depth, stages, sequential)
-    if num_tokens > 32:
-        for tokens, groups, ctas in ((64, 1, 2), (64, 1, 3), (64, 2, 2), (128, 1, 2)):
+    if num_tokens > 16:
+        for tokens, groups, ctas in ((32, 2, 2), (64, 1, 2), (64, 1, 3), (64, 2, 2), (128, 1, 2)):
             for sequential in (False, True):
                 if tokens <= max(64, num_tokens):
                     yield ManyTokens(tokens, groups, 2, 4, sequential, ctas)

@@ -24,10 +24,7 @@ from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 MAX_SLICES = 65_535  # a grid's second axis
 ROWS_WITH_PARTIALS = 128  # rows for which slices write partial sums; more are taken in turns
-REGISTERS = {  # consumers', producer's; by warpgroups and blocks on a multiprocessor
-    (1, 1): (216, 40), (2, 1): (232, 40), (3, 1): (152, 32), (4, 1): (112, 24),
-    (1, 2): (216, 40), (2, 2): (104, 24), (1, 3): (136, 24),
-}  # fmt: skip
+REGISTERS_PER_SM, PRODUCER_REGISTERS = 65_536, 24
 
 
 @dataclass(frozen=True)
@@ -153,11 +150,17 @@ class Linear:
         self._gpu.require(matrix.tiles, dtype=torch.uint8)
 
 
+def consumer_registers(variant: ManyTokens) -> int:
+    """Of a thread: what the producer's threads give up goes to the others."""
+    threads = (variant.warpgroups + 1) * 128
+    launched = min(255, REGISTERS_PER_SM // (variant.ctas * threads)) // 8 * 8  # as the compiler is told
+    return min(240, (launched * threads - PRODUCER_REGISTERS * 128) // (variant.warpgroups * 128) // 8 * 8)
+
+
 @lru_cache(maxsize=1024)
 def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[Source, str]:
     """The source of a variant for a format, and the name of its function."""
     if isinstance(variant, ManyTokens):
-        consumer, producer = REGISTERS[variant.warpgroups, variant.ctas]
         options = defined(
             FORMAT=type.name,
             TOKENS=variant.tokens,
@@ -168,8 +171,8 @@ def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[
             SHARED_SUMS=int(variant.has_shared_sums),
             CTAS=variant.ctas,
             GROUPED=int(grouped),
-            CONSUMER_REGISTERS=consumer,
-            PRODUCER_REGISTERS=producer,
+            CONSUMER_REGISTERS=consumer_registers(variant),
+            PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         )
         return Source("linear", "qgemm.cu", options, variant.tokens), "qgemm"
     options = defined(

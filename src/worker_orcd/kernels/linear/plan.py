@@ -44,7 +44,7 @@ class ManyTokens:
     tokens: int
     warpgroups: int
     depth: int
-    stages: int  # buffers for x
+    stages: int  # buffers for x, of `pieces` times 64 inputs
     sequential: bool  # slices one after the other in a block; else side by side, with partial sums
     ctas: int = 1  # blocks on a multiprocessor
 
@@ -53,9 +53,13 @@ class ManyTokens:
         return self.tokens // 8
 
     @property
+    def pieces(self) -> int:
+        return 2 if self.tokens <= 64 else 1  # as PIECES in qgemm.cu
+
+    @property
     def has_shared_sums(self) -> bool:
         """Whether registers cannot hold the sums of slices beside those of the slice at work."""
-        return self.sequential and (self.tokens > 128 or self.ctas > 1)
+        return self.sequential and (self.tokens > 128 or self.ctas > 1 or self.warpgroups > 2)
 
 
 Variant = FewTokens | ManyTokens
@@ -78,7 +82,7 @@ class LinearPlan:
         """Shared memory of a block."""
         if isinstance(variant, ManyTokens):
             sums = 256 * variant.tokens * variant.warpgroups if variant.has_shared_sums else 0
-            return 3072 + 128 * variant.tokens * variant.stages + sums
+            return 3072 + 128 * variant.tokens * variant.pieces * variant.stages + sums
         return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024
 
     def is_whole(self, variant: Variant) -> bool:
@@ -131,9 +135,12 @@ class LinearPlan:
         sequential = self._is_sequential(num_tokens, tokens)
         is_side_by_side = self.slices > 1 and not sequential
         if tokens == 32 and words < 32 and (is_side_by_side or self._blocks(num_tokens, 32) >= MULTIPROCESSORS):
-            return ManyTokens(32, 4, 2, 12, sequential)
+            is_light = words <= 18 and self.slices > 1 and self.shape[1] <= SHORT_K
+            return ManyTokens(32, 2, 2, 6, sequential, 2) if is_light else ManyTokens(32, 4, 2, 6, sequential)
+        if tokens == 64 and words < 32 and is_side_by_side:
+            return ManyTokens(64, 1, 2, 4, sequential, 2)
         depth = 1 if words >= 32 else 3 if words <= 18 and tokens <= 64 else 2
-        stages = 3 if tokens == 256 and sequential else {32: 12, 64: 8}.get(tokens, 6)
+        stages = 3 if tokens == 256 and sequential else {32: 6, 64: 4}.get(tokens, 6)
         return ManyTokens(tokens, 2, depth, stages, sequential)
 
     def _narrow(self, num_tokens: int) -> int:

@@ -1,7 +1,8 @@
 // y[t][n] = sum over k of x[t][k] W[n][k] for many tokens, by wgmma (Hopper), in the same order of sums as qmm.cu.
 //
-// A CTA is WARPGROUPS consumers of 64 rows each (a warp owns the strip of 16 rows) and a producer, which streams x in
-// pieces of TOKENS x 64 through STAGES buffers. Weights go from device memory straight to registers, DEPTH tiles ahead.
+// A CTA is WARPGROUPS consumers of 64 rows each (a warp owns the strip of 16 rows) and a producer, which streams x
+// through STAGES buffers, each of PIECES pieces of TOKENS x 64. Weights go from device memory straight to registers,
+// DEPTH tiles ahead.
 // grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
 // With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
@@ -10,9 +11,11 @@
 #include "weight.cuh"
 #include "wgmma.cuh"
 
-DEVICE u64 descriptor(u32 shared) {  // 128-byte swizzle, groups of 8 tokens 1024 bytes apart
-  return (u64)((shared & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
+constexpr int PIECES = TOKENS <= 64 ? 2 : 1;  // where a piece takes the matrix unit little time, its barrier would be felt
+constexpr u32 PIECE_BYTES = TOKENS * 128, STAGE_BYTES = PIECES * PIECE_BYTES;
+
+// of x for wgmma: 128-byte swizzle, groups of 8 tokens 1024 bytes apart; `at` is an address in units of 16 bytes
+DEVICE u64 descriptor(u32 at) { return at | (1ull << 16) | (64ull << 32) | (1ull << 62); }
 
 // w, x: as in qmm.cu; y: [slices][T][N], or [T][N] with SEQUENTIAL
 extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, CTAS)
@@ -26,7 +29,6 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), z = blockIdx.z;
   const int slice = blockIdx.y, k0 = nk * slice / gridDim.y, nt = nk * (slice + 1) / gridDim.y - k0;
   const u32 full = shared_address(shared), empty = full + 8 * STAGES, xs = (full + 1024 + 1023) & ~1023u;
-  const int PIECE_BYTES = TOKENS * 128;
 #if GROUPED
   const int owner = fresh(owners + z);
   if (owner < 0) return;
@@ -46,12 +48,14 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     if (warp == WARPGROUPS * 4) {
       await_previous_kernel();
       if (lane == 0)
-        for (int c = 0; c < nt * STAGES_X; c++) {
+        for (int c = 0; c < nt * STAGES_X / PIECES; c++) {
           int stage = c % STAGES;
           if (c >= STAGES) barrier_wait(empty + stage * 8, ((c / STAGES) + 1) & 1);
-          barrier_expect(full + stage * 8, PIECE_BYTES);
-          const char* piece = x + ((u64)(k0 * STAGES_X + c) * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
-          bulk_copy(xs + stage * PIECE_BYTES, piece, PIECE_BYTES, full + stage * 8);
+          barrier_expect(full + stage * 8, STAGE_BYTES);
+          for (int i = 0; i < PIECES; i++) {
+            const char* piece = x + ((u64)(k0 * STAGES_X + c * PIECES + i) * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
+            bulk_copy(xs + stage * STAGE_BYTES + i * PIECE_BYTES, piece, PIECE_BYTES, full + stage * 8);
+          }
         }
     }
   } else {
@@ -69,7 +73,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.f;
 #if SEQUENTIAL
 #if SHARED_SUMS
-    float* sums = (float*)(shared + (xs - full) + STAGES * PIECE_BYTES) + threadIdx.x;
+    float* sums = (float*)(shared + (xs - full) + STAGES * STAGE_BYTES) + threadIdx.x;
 #define SUM(i) sums[(i) * WARPGROUPS * 128]
 #else
     float sums[TOKENS / 2];
@@ -79,27 +83,30 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     for (int i = 0; i < TOKENS / 2; i++) SUM(i) = 0.f;
     int slices_done = 0, slice_end = nk / S;
 #endif
-    u32 a[2][4][4];
-    int stage = 0, previous = 0;
-    u32 phase = 0;
-    bool has_previous = false;
+    u32 a[2][4][4], phase = 0, now = full, free = 0;  // the barriers of this stage, and of the one before once it is read
+    const u32 first_x = xs / 16, past_x = first_x + STAGES * STAGE_BYTES / 16;
+    u32 now_x = first_x;
     auto compute = [&](Weight& r) {
 #pragma unroll
       for (int h = 0; h < CHUNKS; h++) {
         r.prepare(h);
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // 64 inputs
+          const bool is_first = half == 0 || PIECES == 1;
           r.expand(h, half * 2, a[half][0], a[half][1]);
           r.expand(h, half * 2 + 1, a[half][2], a[half][3]);
-          barrier_wait(full + stage * 8, phase);
+          if (is_first) barrier_wait(now, phase);
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-          for (int j = 0; j < 4; j++) wgmma(acc, a[half][j], descriptor(xs + stage * PIECE_BYTES + j * 32));
+          for (int j = 0; j < 4; j++) wgmma(acc, a[half][j], descriptor(now_x + j * 2));
           asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the piece before: its x and `a` are free
-          if (has_previous && lane == 0) barrier_arrive(empty + previous * 8);
-          has_previous = true, previous = stage;
-          if (++stage == STAGES) stage = 0, phase ^= 1;
+          if (is_first) {
+            if (free && lane == 0) barrier_arrive(free);
+            free = now + 8 * STAGES, now += 8;
+          }
+          now_x += PIECE_BYTES / 16;
+          if ((half == 1 || PIECES == 1) && now_x == past_x) now_x = first_x, now = full, phase ^= 1;
         }
       }
     };

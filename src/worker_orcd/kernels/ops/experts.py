@@ -24,8 +24,8 @@ from worker_orcd.quant.tiles import tile_bytes
 MAX_EXPERTS, MAX_USED = 256, 16
 ARRANGERS = 1024  # threads, of rows.cu
 TOGETHER_ROWS = ARRANGERS // 32  # that one block both routes, a warp each, and arranges
-UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 48, 64, 96, 128)}  # rows; without and with wgmma
-MANY_ROWS = 24  # units from here on are for wgmma
+UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 40, 48, 64, 96, 128)}  # rows; without and with wgmma
+MANY_ROWS = 16  # units from here on are for wgmma
 MOST_STRIPS = 3  # of a warp
 SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
 WARPS = WARPS_PER_SM * MULTIPROCESSORS
@@ -156,8 +156,10 @@ class ExpertOps:
     def _variant(self, matrix: TiledMatrix, unit: int) -> Variant:
         card, plan, words = self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
         if unit >= MANY_ROWS and card.has_wgmma:
-            ctas = 2 if unit <= 64 and words <= 18 else 1
-            return ManyTokens(unit, 2, 1 if words >= 32 else 2, 12 if unit <= 32 else 6, plan.slices > 1, ctas)
+            fits_twice = words <= 18 and unit <= (64 if words <= 9 else 48)
+            ctas = 3 if unit <= 24 and words <= 8 else 2 if fits_twice else 1
+            depth = 1 if words >= 32 else 3 if ctas == 2 and words <= 9 else 2
+            return ManyTokens(unit, 2, depth, 3 if unit <= 64 else 6, plan.slices > 1, ctas)
         early = unit == 8 and words <= 18 and plan.longest_slice_tiles <= SHORT_SLICE
         few = FewTokens(unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early)
         while few.groups > 1 and plan.shared_bytes(few) > card.shared_bytes:
