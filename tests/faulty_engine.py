@@ -17,7 +17,8 @@ FORWARD, WARM_UP = LlamaInferenceAdapter.forward, loop.warm_up
 
 
 def forward(self: LlamaInferenceAdapter, batch: Batch, kv: list[LayerKV]) -> Tensor:
-    if len(batch.sample_rows) == 4 and not torch.cuda.is_current_stream_capturing():
+    num_logits = len(batch.tokens if batch.sample_rows is None else batch.sample_rows)
+    if num_logits == 4 and not torch.cuda.is_current_stream_capturing():
         torch.zeros(8, device=batch.tokens.device)[batch.tokens + 2**40]
     return FORWARD(self, batch, kv)
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from worker_orcd.assemble import build_core, draw_up, load_runtime
+from worker_orcd.backends.batch import Batch, token_ids
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.engine import BatchEngine
 from worker_orcd.engine.metrics import NoOpMetrics
@@ -20,6 +21,12 @@ EOS = 2  # of the tiny models
 def runtime_of(path: Path, **settings: Any) -> Runtime:
     config = WorkerConfig(model=path, **({"device": "cpu"} | settings))
     return load_runtime(config, draw_up(config), lambda *_: None)
+
+
+def last_tokens(batch: Batch) -> Tensor:
+    """The token of each row whose logits are wanted."""
+    tokens = token_ids(batch.tokens, batch.sampled)
+    return tokens if batch.sample_rows is None else tokens[batch.sample_rows]
 
 
 def all_logits(path: Path, ids: list[int], chunk: int = 128) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from tests import tiny
 from tests.engine.schedules import Bench
-from tests.running import engine_of, runtime_of
+from tests.running import engine_of, last_tokens, runtime_of
 from tests.server.client import Answer
 from tests.workers import ROOT, running
 from worker_orcd.assemble import build_core, draw_up, embedded_model, load_runtime
@@ -75,7 +75,7 @@ class PoisonAfter:
 
     def forward(self, batch: Batch, kv: list[LayerKV]) -> torch.Tensor:
         logits = self.adapter.forward(batch, kv)
-        is_bad = batch.tokens[batch.sample_rows] == self.token
+        is_bad = last_tokens(batch) == self.token
         return torch.where(is_bad[:, None], torch.nan, logits)
 
 

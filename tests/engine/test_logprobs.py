@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import tiny
-from tests.running import runtime_of
+from tests.running import last_tokens, runtime_of
 from worker_orcd.backends.batch import Batch, LayerKV
 from worker_orcd.engine.core import EngineCore
 from worker_orcd.engine.logprobs import log_probabilities
@@ -90,7 +90,7 @@ class Watcher:
     def forward(self, batch: Batch, kv: list[LayerKV]) -> Tensor:
         logits = self.adapter.forward(batch, kv)
         self.num_rows.append(len(logits))
-        logits[batch.tokens[batch.sample_rows] == self.bad] = torch.nan
+        logits[last_tokens(batch) == self.bad] = torch.nan
         return logits
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.engine.scripted import request
+from tests.running import last_tokens
+from worker_orcd.backends.batch import token_ids
 from worker_orcd.engine.pack import pack
 from worker_orcd.engine.sequence import Chunk, Plan, Sequence
 from worker_orcd.kv.allocator import BlockTable
@@ -29,6 +31,7 @@ def test_decodes_and_prompts_side_by_side() -> None:
     assert batch.tokens.tolist() == [105, 203, 204, 205, 206, 300, 301]
     assert batch.attn.positions.tolist() == [5, 3, 4, 5, 6, 0, 1]
     assert batch.slots.tolist() == [3 * 4 + 1, 2 * 4 + 3, 9 * 4, 9 * 4 + 1, 9 * 4 + 2, 5 * 4, 5 * 4 + 1]
+    assert batch.sample_rows is not None
     assert batch.sample_rows.tolist() == [0, 6], "the prompt that goes on later does not sample"
     assert batch.attn.query_starts.tolist() == [0, 1, 5, 7]
     assert batch.attn.context_lens.tolist() == [6, 7, 2]
@@ -44,6 +47,7 @@ def test_one_block_of_the_contiguous_cache() -> None:
 
 def test_a_step_may_sample_nothing() -> None:
     batch = pack([Chunk.of(sequence(list(range(8)), [1, 2]), 3)], CPU)
+    assert batch.sample_rows is not None
     assert batch.sample_rows.tolist() == []
     assert batch.sample_rows.dtype == torch.int64
     assert batch.tokens.tolist() == [0, 1, 2]
@@ -60,13 +64,27 @@ def test_tokens_still_unknown_are_taken_from_the_step_before() -> None:
     resumed = sequence([40, 41, 42], [1])  # several pending tokens, the last one unknown
     resumed.num_unknown, resumed.sampled_row = 1, 1
     batch = pack([plan[0], Chunk.of(known, 1), plan[1], Chunk.of(resumed, 4)], CPU, last_sampled)
-    assert batch.tokens.tolist() == [73, 31, 71, 40, 41, 42, 72]
+    assert batch.tokens.tolist() == [-3, 31, -1, 40, 41, 42, -2]
+    assert batch.sampled is last_sampled
+    assert token_ids(batch.tokens, batch.sampled).tolist() == [73, 31, 71, 40, 41, 42, 72]
     assert batch.attn.positions.tolist() == [2, 1, 3, 0, 1, 2, 3]
-    assert batch.sample_rows.tolist() == [0, 1, 2, 6]
-    assert last_sampled.tolist() == [71, 72, 73]
+    assert last_tokens(batch).tolist() == [73, 31, 71, 72]
     early = pack([Chunk.of(resumed, 3)], CPU)
-    assert early.tokens.tolist() == [40, 41, 42]
-    assert early.sample_rows.tolist() == []
+    assert token_ids(early.tokens, early.sampled).tolist() == [40, 41, 42]
+    assert last_tokens(early).tolist() == []
+    with pytest.raises(AssertionError):
+        pack(plan, CPU)
+
+
+def test_rows_are_named_unless_all_are_wanted() -> None:
+    decodes = [Chunk.of(sequence([1, 2, 3 + i], [i], computed=2), 1) for i in range(2)]
+    assert pack(decodes, CPU).sample_rows is None
+    whole = sequence([4, 5], [2])
+    found = pack([*decodes, Chunk.of(whole, 2)], CPU).sample_rows
+    assert found is not None
+    assert found.tolist() == [0, 1, 3]
+    whole.is_scoring = True
+    assert pack([*decodes, Chunk.of(whole, 2)], CPU).sample_rows is None
 
 
 def test_a_chunk_without_room_in_the_table_is_a_bug() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.engine.scripted import request
-from tests.running import EOS, runtime_of
+from tests.running import EOS, last_tokens, runtime_of
 from worker_orcd.backends.batch import Batch, LayerKV
 from worker_orcd.engine.core import EngineCore
 from worker_orcd.engine.plain_step import PlainStep
@@ -33,8 +33,8 @@ class Faulty:
 
     def forward(self, batch: Batch, kv: list[LayerKV]) -> Tensor:
         logits = self.adapter.forward(batch, kv)
-        for row, at in enumerate(batch.sample_rows.tolist()):
-            if batch.tokens[at] == BAD:
+        for row, token in enumerate(last_tokens(batch).tolist()):
+            if token == BAD:
                 self.harm(logits[row])
         return logits
 

@@ -80,6 +80,16 @@ def walk(runtime: Runtime, texts: Sequences[list[int]], sizes: Sequences[int], g
     return [torch.cat(parts) for parts in rows]
 
 
+def last_row(runtime: Runtime, text: list[int]) -> Tensor:
+    """Logits after all of the text, f32 [V], by a step that asks for no others."""
+    seq = _sequence(runtime, text)
+    batch = pack([Chunk.of(seq, len(text))], runtime.device)
+    assert batch.sample_rows is not None or len(text) == 1
+    logits = runtime.adapter.forward(batch, runtime.kv).cpu()
+    runtime.allocator.release(seq.block_table)
+    return logits[0]
+
+
 def _sequence(runtime: Runtime, text: list[int]) -> Sequence:
     request = Request("walk", text, max_tokens=1, sampling=SamplingParams(seed=0))
     seq = Sequence.of(request, 0, PrefixChain(b"", runtime.allocator.block_size))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests import tiny, tiny_dense, tiny_moe
 from tests.gpu.conftest import ON_EMULATED, ON_GPU
-from tests.gpu.models import backend_on, divergence, random_text, runtime_on, walk
+from tests.gpu.models import backend_on, divergence, last_row, random_text, runtime_on, walk
 from tests.kernels.test_graphs import recorder
 from tests.models.test_gpt_oss import check_types
 from worker_orcd.backends.base import PackedWeight
@@ -132,6 +132,7 @@ def check_model(path: Path, device: str) -> None:
     runtime = runtime_on(path, backend_on(device), torch.float16)
     alone = [walk(runtime, [ids], [len(ids)])[0] for ids in texts]
     assert same([walk(runtime, texts[:1], [len(texts[0])])[0]], alone[:1]), "run twice"
+    assert same([last_row(runtime, ids) for ids in texts], [rows[-1] for rows in alone]), "one row of many"
     check_truth(path, runtime, texts[0], alone[0])
     check_steps(runtime, texts, alone, device)
 

@@ -162,9 +162,12 @@ def rope(**changes: Any) -> Call:
     return lambda: OPS.rope_store(**(args | changes))
 
 
-def embed(table: Tensor | None = None, shape: tuple[int, int] = (16, 128), tokens: Tensor | None = None) -> object:
+def embed(
+    table: Tensor | None = None, shape: tuple[int, int] = (16, 128), tokens: Tensor | None = None,
+    sampled: Tensor | None = None,
+) -> object:  # fmt: skip
     tokens = zeros(2, dtype=torch.int64) if tokens is None else tokens
-    return OPS.embed(tokens, tiles(*shape) if table is None else table, Q8, shape)
+    return OPS.embed(tokens, tiles(*shape) if table is None else table, Q8, shape, sampled)
 
 
 LAYER: dict[str, tuple[str, Call]] = {
@@ -213,6 +216,8 @@ LAYER: dict[str, tuple[str, Call]] = {
     "a table of no multiple of 4": ("126", lambda: embed(shape=(16, 126))),
     "tokens of another type": ("int32", lambda: embed(tokens=zeros(2, dtype=torch.int32))),
     "tokens elsewhere": ("lies on meta", lambda: embed(tokens=zeros(2, dtype=torch.int64, device=META))),
+    "sampled tokens of another type": ("int32", lambda: embed(sampled=zeros(2, dtype=torch.int32))),
+    "sampled tokens elsewhere": ("lies on meta", lambda: embed(sampled=zeros(2, dtype=torch.int64, device=META))),
     "tokens of two dimensions": ("2, 1", lambda: embed(tokens=zeros(2, 1, dtype=torch.int64))),
     "more tokens than a grid has": ("70000", lambda: embed(tokens=zeros(70_000, dtype=torch.int64))),
 }  # fmt: skip

@@ -33,8 +33,9 @@ class Table:
         self.values = format_of(kind).dequantize(raw).view(ROWS, k)
         self.tiles = pack(raw.flatten(), kind, self.shape)
 
-    def embed(self, tokens: Sequence[int]) -> Tensor:
-        return self.ops.embed(torch.tensor(tokens, device=self.device), self.tiles, self.kind, self.shape)
+    def embed(self, tokens: Sequence[int], sampled: Sequence[int] | None = None) -> Tensor:
+        late = None if sampled is None else torch.tensor(sampled, dtype=torch.int64, device=self.device)
+        return self.ops.embed(torch.tensor(tokens, device=self.device), self.tiles, self.kind, self.shape, late)
 
 
 def exactly(found: Tensor, expected: Tensor) -> None:
@@ -62,6 +63,16 @@ def test_tokens_without_a_row_read_nothing(kind: GgmlType, gpu: Gpu) -> None:
     found = table.embed([3, -1, ROWS, 48, 2**40, -(2**63), 2**63 - 1, 4])
     assert found[1:7].isnan().all()
     exactly(found[[0, 7]], table.values[[3, 4]])
+
+
+@EVERY_FORMAT
+def test_tokens_that_the_step_before_sampled(kind: GgmlType, gpu: Gpu) -> None:
+    table = Table(kind, widths(kind)[-1], gpu)
+    sampled = [20, 36, -1, ROWS]
+    found = table.embed([3, -2, -1, 5, -2], sampled)
+    exactly(found, table.values[[3, 36, 20, 5, 36]])
+    assert table.embed([-3, -4, -5, -(2**63)], sampled).isnan().all(), "no tokens, or more than there are"
+    assert table.embed([-1], []).isnan().all()
 
 
 def test_every_exponent_of_mxfp4_is_met(gpu: Gpu) -> None:

@@ -112,12 +112,21 @@ def test_the_same_tokens_from_the_sampling_kernel(runtime: Runtime, gpu: Gpu) ->
     sample = CudaBackend(gpu.device, gpu).sample_kernel([0], 321)
     assert sample is not None
 
-    def kernel(logits: Tensor, table: Tensor) -> Tensor:
-        calls.append(len(logits))
-        return sample(logits, table)
+    def kernel(logits: Tensor, table: Tensor, place: Tensor | None) -> Tensor:
+        calls.append((len(logits), place is not None))
+        return sample(logits, table, place)
 
-    assert answers(runtime, None, wanted, kernel) == answers(runtime, None, wanted)
-    assert 4 in calls
+    expected = answers(runtime, None, wanted)
+    assert answers(runtime, None, wanted, kernel) == expected
+    assert (4, False) in calls
+    assert not any(has_place for _, has_place in calls)
+    calls.clear()
+    graphs = Graphs(runtime, CONTEXT, recorder(runtime))
+    assert answers(runtime, graphs, wanted, kernel) == expected
+    assert (4, False) in calls, "beside a row of torch's"
+    plain = wanted[:2] + wanted[3:]
+    assert answers(runtime, graphs, plain, kernel) == answers(runtime, None, plain)
+    assert (4, True) in calls, "alone: what it samples is where the next step looks"
 
 
 def test_rows_that_pad_leave_the_cache_alone(runtime: Runtime) -> None:
@@ -156,7 +165,8 @@ def some_rows(rng: random.Random, pool: list[Sequence]) -> list[Sequence]:
 def test_a_frame_holds_what_a_batch_would() -> None:
     """Step after step in the same place, whatever was there before."""
     rng = random.Random(0)
-    frame = Frame(ROOM, WIDTH, 4, CPU)
+    sampled = torch.randint(100, (ROOM,))
+    frame = Frame(ROOM, WIDTH, 4, sampled)
     pool, rows = [sequence([1] * 9, [1, 2, 3]) for _ in range(ROOM)], list[Sequence]()
     for step in range(60):
         if step % 3 == 2:  # as in the step before, all tokens still unknown
@@ -166,8 +176,8 @@ def test_a_frame_holds_what_a_batch_would() -> None:
             rows = some_rows(rng, pool)
         for seq in rows:
             seq.num_computed = seq.num_tokens - 1
-        plan, sampled = [Chunk.of(seq, 1) for seq in rows], torch.randint(100, (ROOM,))
-        frame.fill(plan, sampled)
+        plan = [Chunk.of(seq, 1) for seq in rows]
+        frame.fill(plan)
         found, wanted, count = frame.batch, pack(plan, CPU, sampled), len(plan)
         for mine, theirs in (
             (found.tokens, wanted.tokens),
@@ -180,14 +190,36 @@ def test_a_frame_holds_what_a_batch_would() -> None:
         table[:count, : wanted.attn.block_table.shape[1]] = wanted.attn.block_table
         assert torch.equal(found.attn.block_table, table)
         assert found.attn.query_starts.tolist() == list(range(ROOM + 1))
+        assert (found.sampled is sampled, found.sample_rows, wanted.sample_rows) == (True, None, None)
+
+
+def test_tokens_of_the_step_before_are_found_wherever_they_are(runtime: Runtime) -> None:
+    """The sampler leaves them where recorded steps look, or elsewhere; of too many sequences there is no room."""
+    graphs = Graphs(runtime, CONTEXT, recorder(runtime))
+    seq = sequence([3, 4], [1], computed=2, block_size=16)
+    seq.num_unknown, seq.sampled_row = 1, 2
+    plan = [Chunk.of(seq, 1)]
+    found = []
+    for token in (7, 9, 7):
+        logits = graphs.logits(plan, torch.tensor([1, 2, token], device=runtime.device))
+        assert logits is not None
+        found.append(logits.clone())
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    graphs.sampled[2] = 9
+    logits = graphs.logits(plan, graphs.sampled.view(2, -1)[0])
+    assert logits is not None
+    assert torch.equal(logits, found[1])
+    assert graphs.logits(plan, torch.zeros(len(graphs.sampled) + 1, dtype=torch.int64, device=runtime.device)) is None
 
 
 def test_a_fill_that_failed_leaves_nothing_behind() -> None:
-    frame, good, bad = Frame(2, WIDTH, 4, CPU), sequence([5] * 9, [1, 2, 3], 8), sequence([5] * 40, [7], 39)
-    frame.fill([Chunk.of(good, 1)], None)
+    frame = Frame(2, WIDTH, 4, torch.zeros(2, dtype=torch.int64))
+    good, bad = sequence([5] * 9, [1, 2, 3], 8), sequence([5] * 40, [7], 39)
+    frame.fill([Chunk.of(good, 1)])
     with pytest.raises(IndexError):
-        frame.fill([Chunk.of(bad, 1)], None)
-    frame.fill([Chunk.of(good, 1)], None)
+        frame.fill([Chunk.of(bad, 1)])
+    frame.fill([Chunk.of(good, 1)])
     assert frame.batch.slots.tolist() == [3 * 4, -1]
     assert frame.batch.attn.block_table[0].tolist() == [1, 2, 3, 0, 0, 0]
 

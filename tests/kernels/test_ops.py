@@ -103,6 +103,25 @@ def test_norm_of_what_is_added_and_layer_norm(gpu: Gpu) -> None:
     close(rows_of(image, 5, width).float(), wanted, 4e-3)
 
 
+@pytest.mark.parametrize("width", [96, 2052, 5120])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_after", [False, True])
+def test_one_operation_gives_the_bits_of_two(width: int, has_bias: bool, has_after: bool, gpu: Gpu) -> None:
+    """A last layer ends with both or each by itself: it depends on which rows are wanted."""
+    ops, rows = Ops(gpu), 5
+    x, y, weight, bias = (random(gpu, *s, width) for s in ((rows,), (3, rows), (), ()))
+    part, after = kernel_ops.Part(y, bias), (weight, None, 1e-6) if has_after else None
+    norm = weight, bias * 2 if has_bias else None, 1e-5
+    together, apart = x.clone(), x.clone()
+    image = ops.add_norm(together, part, norm, after, 0.25)
+    ops.add_norm(apart, part, None, after, 0.25)
+    second = ops.add_norm(apart[[3, 1]], None, norm)
+    assert image is not None
+    assert second is not None
+    assert torch.equal(together, apart)
+    assert torch.equal(rows_of(second, 2, width), rows_of(image, rows, width)[[3, 1]])
+
+
 @pytest.mark.parametrize("width", [4, 160, 2052])
 @pytest.mark.parametrize("is_joined", [False, True])
 def test_activate(width: int, is_joined: bool, gpu: Gpu) -> None:

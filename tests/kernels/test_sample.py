@@ -81,6 +81,17 @@ def test_every_parameter(vocab: int, gpu: Gpu) -> None:
     assert all(finite)
 
 
+def test_a_place_for_the_result(gpu: Gpu) -> None:
+    logits, table, banned = mixture(31)
+    bits, place = banned_bits(banned, 31, gpu.device), torch.full((40,), -7, device=gpu.device)
+    logits, table = logits.to(gpu.device), table.to(gpu.device)
+    found = sample(gpu, logits, table, bits, place)
+    assert found.data_ptr() == place.data_ptr()
+    assert found.tolist() == sample(gpu, logits, table, bits).tolist()
+    assert place[2 * len(logits) :].tolist() == [-7] * (40 - 2 * len(logits))
+    assert sample(gpu, logits, table, bits, place[:9]).data_ptr() != place.data_ptr(), "no room"
+
+
 @NO_COMPILER
 @pytest.mark.parametrize("vocab", [3, 1000, 5003])
 @pytest.mark.parametrize("blocks", [2, 4, 8])

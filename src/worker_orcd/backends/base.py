@@ -150,10 +150,11 @@ class AttentionKernel(Protocol):
 
 
 class SampleKernel(Protocol):
-    def __call__(self, logits: Tensor, table: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, table: Tensor, place: Tensor | None) -> Tensor:
         """Next tokens: f32 [R, V] → i64 [2, R], tokens, and whether the row's logits are finite.
 
-        table f64 [6, R]: temperature, greedy (0 or 1), top-k, top-p, min-p, the draw in [0, 1).
+        table f64 [6, R]: temperature, greedy (0 or 1), top-k, top-p, min-p, the draw in [0, 1). The result is the
+        beginning of `place` i64, if it is given and has room.
         """
         ...
 
@@ -183,8 +184,8 @@ class Backend(Protocol):
         """
         ...
 
-    def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
-        """Rows of the table: i64 [T] → [T, K]."""
+    def embed(self, tokens: Tensor, table: PackedWeight, sampled: Tensor | None = None) -> Tensor:
+        """Rows of the table: i64 [T] → [T, K]; for a token -1 - r that of `sampled` [r]."""
         ...
 
     def linear(self, x: Operand, projection: Projection) -> Sums:

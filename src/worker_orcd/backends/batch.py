@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -26,10 +27,11 @@ class AttnBatch:
 class Batch:
     """T rows of S sequences; rows of one sequence are consecutive and in order of position."""
 
-    tokens: Tensor  # i64 [T]
+    tokens: Tensor  # i64 [T]; -1 - r: the one that the step before sampled for its row r
     slots: Tensor  # i64 [T], where each row's key and value are stored
-    sample_rows: Tensor  # i64 [R], the rows whose logits are wanted
+    sample_rows: Tensor | None  # i64 [R], the rows whose logits are wanted; None: all of them
     attn: AttnBatch
+    sampled: Tensor | None = None  # i64, what the step before sampled, if that is needed
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,10 @@ class LayerKV:
 
     k: Tensor  # [blocks, block_size, Hk, D]
     v: Tensor  # [blocks, block_size, Hk, D]
+
+
+def token_ids(tokens: Tensor, sampled: Tensor | None) -> Tensor:
+    """A batch's tokens [T], with those that the step before sampled in their places."""
+    if sampled is None or not len(sampled):
+        return tokens
+    return torch.where(tokens < 0, sampled[(-1 - tokens).clamp_min(0)], tokens)

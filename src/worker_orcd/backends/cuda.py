@@ -67,7 +67,7 @@ class CudaBackend:
     def sample_kernel(self, banned: list[int], vocab_size: int) -> SampleKernel | None:
         self._gpu.compile_ahead(SAMPLE)
         bits = banned_bits(banned, vocab_size, self.device)
-        return lambda logits, table: sample(self._gpu, logits, table, bits)
+        return lambda logits, table, place: sample(self._gpu, logits, table, bits, place)
 
     def can_record(self, head_dim: int) -> bool:
         return takes(head_dim)
@@ -99,8 +99,8 @@ class CudaBackend:
         tiles = torch.cat([w.parts[0].view(count, -1, *w.parts[0].shape[1:]) for w in weights], 1).flatten(0, 1)
         return self._weight(tiles, first.type, (total, first.shape[1]))
 
-    def embed(self, tokens: Tensor, table: base.PackedWeight) -> Tensor:
-        return self._ops.embed(tokens, table.parts[0], table.type, table.shape)
+    def embed(self, tokens: Tensor, table: base.PackedWeight, sampled: Tensor | None = None) -> Tensor:
+        return self._ops.embed(tokens, table.parts[0], table.type, table.shape, sampled)
 
     def linear(self, x: Operand, projection: Projection) -> Sums:
         matrices, biases = [_matrix(weight) for weight, _ in projection], [bias for _, bias in projection]

@@ -38,7 +38,7 @@ from worker_orcd.backends.base import (
     Sums,
     value_of,
 )
-from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
+from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV, token_ids
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.quant.format import format_of
@@ -80,8 +80,8 @@ class TorchBackend:
     def join(self, weights: Sequence[PackedWeight], count: int = 1) -> PackedWeight | None:  # noqa: ARG002 - no gain
         return None
 
-    def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
-        return table.parts[0][tokens]
+    def embed(self, tokens: Tensor, table: PackedWeight, sampled: Tensor | None = None) -> Tensor:
+        return table.parts[0][token_ids(tokens, sampled)]
 
     def linear(self, x: Operand, projection: Projection) -> Sums:
         return tuple(Part(self._product(x.data, weight)[None], bias) for weight, bias in projection)

@@ -13,14 +13,12 @@ from worker_orcd.engine.sequence import Plan
 def pack(plan: Plan, device: torch.device, last_sampled: Tensor | None = None) -> Batch:
     """Rows in the order of the plan; every sequence's table must already have room for its chunk.
 
-    A token the host does not know yet is taken on the device from `last_sampled`, the result [R] of the step before.
+    A token the host does not know yet is told by its row in `last_sampled`, the result [R] of the step before.
     """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     starts, lens, sample_rows = [0], list[int](), list[int]()
-    unknown_rows: list[int] = []
-    unknown_sources: list[int] = []
     block_size, width = 0, 0
     for chunk in plan:
         seq, first, last = chunk.sequence, chunk.first, chunk.first + chunk.num_tokens
@@ -30,9 +28,8 @@ def pack(plan: Plan, device: torch.device, last_sampled: Tensor | None = None) -
         blocks, block_size = table.blocks, table.block_size
         width = max(width, len(blocks))
         if last > len(seq.tokens):
-            unknown_rows.append(len(tokens) + chunk.num_tokens - 1)
-            unknown_sources.append(seq.sampled_row)
-            tokens += [*seq.tokens[first:], 0]
+            assert last_sampled is not None
+            tokens += [*seq.tokens[first:], -1 - seq.sampled_row]
         else:
             tokens += seq.tokens[first:last]
         if chunk.num_tokens == 1:  # most chunks; the general way costs a tenth of the step
@@ -47,17 +44,14 @@ def pack(plan: Plan, device: torch.device, last_sampled: Tensor | None = None) -
             sample_rows += range(len(tokens) - chunk.num_tokens, len(tokens))
         elif chunk.samples:
             sample_rows.append(len(tokens) - 1)
-    sections = [tokens, positions, slots, starts, lens, sample_rows, unknown_rows, unknown_sources]
+    is_all = len(sample_rows) == len(tokens)
+    sections = [tokens, positions, slots, starts, lens, [] if is_all else sample_rows]
     sizes = [*map(len, sections), len(plan) * width]
     host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
     _fill(host.numpy(), sections, plan, width)
     parts = host.to(device, non_blocking=True).split(sizes)  # type: ignore[no-untyped-call]
-    if unknown_rows:
-        assert last_sampled is not None
-        parts[0][parts[6]] = last_sampled[parts[7]]
-    table_part = parts[8].view(len(plan), width)
-    attn = AttnBatch(parts[1], parts[3], parts[4], table_part, block_size)
-    return Batch(parts[0], parts[2], parts[5], attn)
+    attn = AttnBatch(parts[1], parts[3], parts[4], parts[6].view(len(plan), width), block_size)
+    return Batch(parts[0], parts[2], None if is_all else parts[5], attn, last_sampled)
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:

@@ -57,7 +57,8 @@ class PlainStep(CachedStep):
             logits = self._runtime.adapter.forward(batch, self._runtime.kv)
         rows = [chunk.sequence for chunk in plan if chunk.samples]
         mine = logits if len(logits) == len(rows) else logits[_sampled_rows(plan, logits.device)]
-        choice = self._sampler.choose(mine, rows, self._last_sampled)
+        place = None if self._graphs is None else self._graphs.sampled
+        choice = self._sampler.choose(mine, rows, self._last_sampled, place)
         for row, seq in enumerate(rows):
             seq.sampled_row = row
         self._last_sampled = choice.ids
@@ -129,9 +130,9 @@ class PlainLaunched:
 
 
 def _sent(tensor: Tensor) -> Tensor:
-    """A copy for the host; it is there when the device has come so far."""
+    """A copy for the host; it is there when the device has come so far. The next step may write to the same place."""
     if not tensor.is_cuda:
-        return tensor
+        return tensor.clone()
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 

@@ -254,12 +254,19 @@ class Sampler:
         self._groups = [Group((), [])]
         self._order: Tensor | None = None
 
-    def choose(self, logits: Tensor, rows: list[Sequence], last_sampled: Tensor | None) -> Choice:
-        """For every sequence the token after its logits [R, V]; those of one program are sampled together."""
+    def choose(
+        self, logits: Tensor, rows: list[Sequence], last_sampled: Tensor | None, place: Tensor | None = None
+    ) -> Choice:
+        """For every sequence the token after its logits [R, V]; those of one program are sampled together.
+
+        The kernel writes to `place` i64 if all rows are its own: then nobody here reads `last_sampled`, which may be
+        there.
+        """
         if rows != self._rows:
             self._groups, self._order = self._grouped(rows, logits.device)
             self._rows = rows
-        choices = [self._choose(logits, group, last_sampled) for group in self._groups]
+        place = place if self._order is None else None
+        choices = [self._choose(logits, group, last_sampled, place) for group in self._groups]
         if self._order is None:
             return choices[0]
         surprises = [c.ids.double() if c.surprise is None else c.surprise for c in choices]
@@ -280,11 +287,11 @@ class Sampler:
         ]
         return groups, to_device(np.argsort(np.concatenate([*members.values()])), device)
 
-    def _choose(self, logits: Tensor, group: Group, last_sampled: Tensor | None) -> Choice:
+    def _choose(self, logits: Tensor, group: Group, last_sampled: Tensor | None, place: Tensor | None) -> Choice:
         mine = logits if group.places is None else logits[group.places]
         if group.program == KERNEL:
             assert self._kernel is not None
-            return Choice(self._kernel(mine, group.table(logits.device)))
+            return Choice(self._kernel(mine, group.table(logits.device), place))
         batch = SamplingBatch.of(group.rows, last_sampled, logits.device, group.program, self._eog_ids)
         ids, is_finite, *surprise = self.sample(mine, batch)
         return Choice(torch.stack([ids, is_finite.long()]), *surprise)

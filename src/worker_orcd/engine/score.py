@@ -25,9 +25,8 @@ def score(runtime: Runtime, ids: list[int], chunk: int) -> Tensor:
     try:
         while seq.num_pending:
             step = Chunk.of(seq, min(chunk, seq.num_pending))
-            batch = pack([step], runtime.device)
-            every_row = torch.arange(step.num_tokens, device=runtime.device)
-            rows.append(runtime.adapter.forward(replace(batch, sample_rows=every_row), runtime.kv).cpu())
+            batch = replace(pack([step], runtime.device), sample_rows=None)
+            rows.append(runtime.adapter.forward(batch, runtime.kv).cpu())
             seq.num_computed += step.num_tokens
     finally:
         runtime.allocator.release(seq.table)

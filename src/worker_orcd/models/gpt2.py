@@ -27,5 +27,5 @@ class GPTInferenceAdapter:
         self.decoder = Decoder(spec, weights, backend, context_length)
 
     def forward(self, batch: Batch, kv: list[LayerKV]) -> Tensor:
-        x = self.backend.embed(batch.tokens, self.token_embd)
+        x = self.backend.embed(batch.tokens, self.token_embd, batch.sampled)
         return self.decoder(x + self.backend.embed(batch.attn.positions, self.position_embd), batch, kv)

@@ -26,4 +26,4 @@ class GptOssInferenceAdapter:
         self.decoder = Decoder(spec, weights, backend, context_length, expert_mlp)
 
     def forward(self, batch: Batch, kv: list[LayerKV]) -> Tensor:
-        return self.decoder(self.backend.embed(batch.tokens, self.token_embd), batch, kv)
+        return self.decoder(self.backend.embed(batch.tokens, self.token_embd, batch.sampled), batch, kv)

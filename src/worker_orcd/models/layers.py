@@ -152,6 +152,7 @@ class Decoder:
             _layer(LayerTensors(spec, weights, backend, i), self.ropes[rope], scales, build_mlp)
             for i, rope in enumerate(spec.ropes)
         ]
+        self.next_norms = [*(layer.attn_norm for layer in self.layers[1:]), self.output_norm]  # after each layer
 
     def __call__(self, x: Tensor, batch: Batch, kv: list[LayerKV]) -> Tensor:
         """Embedded tokens [T, hidden] → logits of the rows that sample, f32 [R, V].
@@ -164,11 +165,12 @@ class Decoder:
             attended = layer.attention(h, batch, layer_kv)
             x, h = backend.add_norm(x, attended, layer.ffn_norm, layer.post_attention_norm, scale)
             added = layer.mlp(h)
-            if i + 1 < len(self.layers):
-                x, h = backend.add_norm(x, added, self.layers[i + 1].attn_norm, layer.post_ffw_norm, scale)
+            if i + 1 < len(self.layers) or batch.sample_rows is None:
+                x, h = backend.add_norm(x, added, self.next_norms[i], layer.post_ffw_norm, scale)
             else:
                 x = backend.add(x, added, layer.post_ffw_norm, scale)
-        logits = backend.total(backend.linear(backend.norm(x[batch.sample_rows], self.output_norm), self.output))
+                h = backend.norm(x[batch.sample_rows], self.output_norm)
+        logits = backend.total(backend.linear(h, self.output))
         cap = self.spec.logit_soft_cap
         return torch.tanh(logits / cap) * cap if cap else logits
 

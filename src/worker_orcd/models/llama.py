@@ -27,5 +27,5 @@ class LlamaInferenceAdapter:
         self.decoder = Decoder(spec, weights, backend, context_length, build_mlp)
 
     def forward(self, batch: Batch, kv: list[LayerKV]) -> Tensor:
-        x, scale = self.backend.embed(batch.tokens, self.token_embd), self.spec.embedding_scale
+        x, scale = self.backend.embed(batch.tokens, self.token_embd, batch.sampled), self.spec.embedding_scale
         return self.decoder(x if scale == 1.0 else x * scale, batch, kv)

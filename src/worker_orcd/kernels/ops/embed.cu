@@ -124,15 +124,18 @@ DEVICE float4 F32(const char* tile, const At& a) {
                      __uint_as_float(second[0]), __uint_as_float(second[1]));
 }
 
-// y [T][K] = rows `tokens` of the matrix [N, K]; K a multiple of 4. A token that has no row is given NaN.
+// y [T][K] = rows `tokens` of the matrix [N, K]; K a multiple of 4. Token -1 - r is sampled[r] of so many. One that has
+// no row is given NaN.
 // grid (ceil(K / 256), T), 64 threads
 extern "C" __global__ void __launch_bounds__(64)
-embed(const char* __restrict__ tiles, const long long* __restrict__ tokens, float* __restrict__ y, int N, int K) {
+embed(const char* __restrict__ tiles, const long long* __restrict__ tokens, const long long* __restrict__ sampled,
+      float* __restrict__ y, int num_sampled, int N, int K) {
   start_next_kernel();
   const int k = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y, depth = (K + TILE_K - 1) / TILE_K;
   if (k >= K) return;
   await_previous_kernel();
-  const long long token = tokens[t];
+  long long token = tokens[t];
+  if (token < 0 && token >= -(long long)num_sampled) token = sampled[-1 - token];
   const float nan = __int_as_float(0x7fc00000);
   float4 v = make_float4(nan, nan, nan, nan);
   if (token >= 0 && token < N) {

@@ -153,8 +153,13 @@ class Ops:
         self.rows(source, "activate", -(-width // (4 * threads)), wanted, threads, args)
         return image
 
-    def embed(self, tokens: Tensor, tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
-        """Rows of a matrix [N, K] in tiles, i64 [T] → f32 [T, K], the format's own values; NaN for rows it lacks."""
+    def embed(
+        self, tokens: Tensor, tiles: Tensor, type: GgmlType, shape: tuple[int, int], sampled: Tensor | None = None
+    ) -> Tensor:
+        """Rows of a matrix [N, K] in tiles, i64 [T] → f32 [T, K], the format's own values; NaN for rows it lacks.
+
+        A token -1 - r is that of `sampled` i64 [r].
+        """
         width, expected = shape[1], (*tile_grid(type, shape), tile_bytes(type))
         self._gpu.require(tiles, dtype=torch.uint8)
         self._gpu.require(tokens, dtype=torch.int64)
@@ -163,7 +168,11 @@ class Ops:
         if tokens.ndim != 1 or width % 4 or max(shape) > MAX_DIMENSION:
             raise ValueError(f"tokens {tuple(tokens.shape)} with rows of {shape}: one dimension, a multiple of 4")
         y = torch.empty(len(tokens), width, device=self._gpu.device)
-        args: list[Argument] = [tiles, tokens, y, *shape]
+        num_sampled = 0
+        if sampled is not None:
+            self._gpu.require(sampled, dtype=torch.int64)
+            num_sampled = len(sampled)
+        args: list[Argument] = [tiles, tokens, sampled, y, num_sampled, *shape]
         self.rows(embed_source(type), "embed", -(-width // 256), len(tokens), ROW_THREADS, args)
         return y
 

@@ -23,15 +23,21 @@ def banned_bits(ids: list[int], vocab_size: int, device: torch.device) -> Tensor
     return (words - (words >> 31 << 32)).int().to(device)
 
 
-def sample(gpu: Gpu, logits: Tensor, table: Tensor, banned: Tensor) -> Tensor:
-    """logits f32 [R, V], table f64 [6, R] → i64 [2, R]: tokens, and 1 where the row's logits are finite."""
+def sample(gpu: Gpu, logits: Tensor, table: Tensor, banned: Tensor, place: Tensor | None = None) -> Tensor:
+    """logits f32 [R, V], table f64 [6, R] → i64 [2, R]: tokens, and 1 where the row's logits are finite.
+
+    The result is the beginning of `place` i64, if it is given and has room.
+    """
     gpu.require(logits)
     gpu.require(table, dtype=torch.float64)
     gpu.require(banned, dtype=torch.int32)
     num_rows, vocab_size = logits.shape
     if not vocab_size or table.shape != (COLUMNS, num_rows) or banned.shape != (-(-vocab_size // 32),):
         raise ValueError(f"parameters {tuple(table.shape)} and bans {tuple(banned.shape)} for {tuple(logits.shape)}")
-    out = torch.empty(2, num_rows, dtype=torch.int64, device=gpu.device)
+    if place is None or len(place) < 2 * num_rows:
+        place = torch.empty(2 * num_rows, dtype=torch.int64, device=gpu.device)
+    gpu.require(place, dtype=torch.int64)
+    out = place[: 2 * num_rows].view(2, num_rows)
     blocks = cluster(gpu, num_rows, vocab_size)
     has_room = fits(gpu, vocab_size, blocks)
     shared_bytes = STATE_BYTES + (part_bytes(vocab_size, blocks) if has_room else 0)
