@@ -33,8 +33,9 @@ def measure(gpu: Gpu, vocab: int, rows: int, kind: str) -> dict[str, Any]:
     table = torch.tensor(KINDS[kind], dtype=torch.float64)[:, None].expand(-1, rows)
     table = torch.cat([table, draws]).to(gpu.device)
     bans = banned_bits([vocab - 1], vocab, gpu.device)
-    us = replayed_us([lambda: sample(gpu, logits, table, bans)] * CALLS)
-    blocks = cluster(gpu, rows, vocab)
+    is_greedy = kind == "greedy"
+    us = replayed_us([lambda: sample(gpu, logits, table, bans, is_greedy=is_greedy)] * CALLS)
+    blocks = cluster(gpu, rows, vocab, is_greedy)
     return {"us": round(us, 2), "gb_per_s": round(logits.numel() * 4 / us / 1e3), "blocks_of_a_row": blocks}
 
 

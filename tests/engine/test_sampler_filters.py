@@ -208,7 +208,8 @@ def test_the_kernel_is_told_the_same_by_a_sampler_that_has_seen_other_steps(ways
     """Of sequences that go on, that come and go, and some that are not the kernel's."""
     told: list[Tensor] = []
 
-    def kernel(logits: Tensor, table: Tensor, place: Tensor | None) -> Tensor:  # noqa: ARG001
+    def kernel(logits: Tensor, table: Tensor, place: Tensor | None, is_greedy: bool) -> Tensor:  # noqa: ARG001
+        assert is_greedy == bool(table[1].all())
         told.append(table.clone())
         return torch.stack([logits.argmax(-1), torch.ones(len(logits), dtype=torch.int64)])
 

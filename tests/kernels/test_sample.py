@@ -81,6 +81,17 @@ def test_every_parameter(vocab: int, gpu: Gpu) -> None:
     assert all(finite)
 
 
+@pytest.mark.parametrize("vocab", [31, 1000, 3001])
+def test_rows_that_are_all_greedy_may_be_said_to_be(vocab: int, gpu: Gpu) -> None:
+    logits, table, banned = mixture(vocab)
+    table[1] = 1.0
+    logits[3, vocab // 2] = torch.nan
+    bits, on_device = banned_bits(banned, vocab, gpu.device), (logits.to(gpu.device), table.to(gpu.device))
+    found = sample(gpu, *on_device, bits, is_greedy=True)
+    assert torch.equal(found, sample(gpu, *on_device, bits))
+    assert found[1].tolist() == [row != 3 for row in range(len(logits))]
+
+
 def test_a_place_for_the_result(gpu: Gpu) -> None:
     logits, table, banned = mixture(31)
     bits, place = banned_bits(banned, 31, gpu.device), torch.full((40,), -7, device=gpu.device)
@@ -143,6 +154,7 @@ def test_other_rows_do_not_matter(gpu: Gpu) -> None:
 def test_blocks_fill_the_card_and_hold_the_row(num_rows: int, vocab: int, blocks: int) -> None:
     gpu = clustered(1, 132)
     assert cluster(gpu, num_rows, vocab) == blocks
+    assert cluster(gpu, num_rows, vocab, is_greedy=True) == min(blocks, max(1, 128 // num_rows))
     gpu.card = Card(has_wgmma=False, shared_bytes=163 * 1024)
     assert cluster(gpu, num_rows, vocab) == 1
 

@@ -150,11 +150,11 @@ class AttentionKernel(Protocol):
 
 
 class SampleKernel(Protocol):
-    def __call__(self, logits: Tensor, table: Tensor, place: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, table: Tensor, place: Tensor | None, is_greedy: bool) -> Tensor:
         """Next tokens: f32 [R, V] → i64 [2, R], tokens, and whether the row's logits are finite.
 
         table f64 [6, R]: temperature, greedy (0 or 1), top-k, top-p, min-p, the draw in [0, 1). The result is the
-        beginning of `place` i64, if it is given and has room.
+        beginning of `place` i64, if it is given and has room. `is_greedy`: every row is; it may help to know.
         """
         ...
 

@@ -67,7 +67,7 @@ class CudaBackend:
     def sample_kernel(self, banned: list[int], vocab_size: int) -> SampleKernel | None:
         self._gpu.compile_ahead(SAMPLE)
         bits = banned_bits(banned, vocab_size, self.device)
-        return lambda logits, table, place: sample(self._gpu, logits, table, bits, place)
+        return lambda logits, table, place, is_greedy: sample(self._gpu, logits, table, bits, place, is_greedy)
 
     def can_record(self, head_dim: int) -> bool:
         return takes(head_dim)

@@ -222,14 +222,14 @@ class Group:
     rows: list[Sequence]
     places: Tensor | None = None  # i64, where they stand in the step; None: they are all of it
     _table: Tensor | None = None
-    _is_greedy: bool = False
+    is_greedy: bool = False  # all of it; known from the first table on
 
     def table(self, device: torch.device) -> Tensor:
         """Of `parameters`, for the kernel. From step to step only the draws change."""
         if self._table is None:
             table = parameters(self.rows)
-            self._table, self._is_greedy = to_device(table, device), bool(table[1].all())
-        elif not self._is_greedy:
+            self._table, self.is_greedy = to_device(table, device), bool(table[1].all())
+        elif not self.is_greedy:
             overwrite(self._table[5], draws(self.rows))
         return self._table
 
@@ -291,7 +291,8 @@ class Sampler:
         mine = logits if group.places is None else logits[group.places]
         if group.program == KERNEL:
             assert self._kernel is not None
-            return Choice(self._kernel(mine, group.table(logits.device), place))
+            table = group.table(logits.device)
+            return Choice(self._kernel(mine, table, place, group.is_greedy))
         batch = SamplingBatch.of(group.rows, last_sampled, logits.device, group.program, self._eog_ids)
         ids, is_finite, *surprise = self.sample(mine, batch)
         return Choice(torch.stack([ids, is_finite.long()]), *surprise)

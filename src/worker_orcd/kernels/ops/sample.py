@@ -23,10 +23,13 @@ def banned_bits(ids: list[int], vocab_size: int, device: torch.device) -> Tensor
     return (words - (words >> 31 << 32)).int().to(device)
 
 
-def sample(gpu: Gpu, logits: Tensor, table: Tensor, banned: Tensor, place: Tensor | None = None) -> Tensor:
+def sample(
+    gpu: Gpu, logits: Tensor, table: Tensor, banned: Tensor, place: Tensor | None = None, is_greedy: bool = False
+) -> Tensor:
     """logits f32 [R, V], table f64 [6, R] → i64 [2, R]: tokens, and 1 where the row's logits are finite.
 
-    The result is the beginning of `place` i64, if it is given and has room.
+    The result is the beginning of `place` i64, if it is given and has room. `is_greedy`: every row is, so none needs
+    to be read twice; nothing else depends on it.
     """
     gpu.require(logits)
     gpu.require(table, dtype=torch.float64)
@@ -38,19 +41,22 @@ def sample(gpu: Gpu, logits: Tensor, table: Tensor, banned: Tensor, place: Tenso
         place = torch.empty(2 * num_rows, dtype=torch.int64, device=gpu.device)
     gpu.require(place, dtype=torch.int64)
     out = place[: 2 * num_rows].view(2, num_rows)
-    blocks = cluster(gpu, num_rows, vocab_size)
-    has_room = fits(gpu, vocab_size, blocks)
+    blocks = cluster(gpu, num_rows, vocab_size, is_greedy)
+    has_room = not is_greedy and fits(gpu, vocab_size, blocks)
     shared_bytes = STATE_BYTES + (part_bytes(vocab_size, blocks) if has_room else 0)
     work = Work((num_rows * blocks, 1, 1), BLOCK, shared_bytes)
     gpu.launch(SOURCE, f"sample_{blocks}", work, [logits, table, banned, out, num_rows, vocab_size, int(has_room)])
     return out
 
 
-def cluster(gpu: Gpu, num_rows: int, vocab_size: int) -> int:
-    """Blocks that share a row: as few as fill the card and hold the row in shared memory. The result is the same."""
+def cluster(gpu: Gpu, num_rows: int, vocab_size: int, is_greedy: bool = False) -> int:
+    """Blocks that share a row: as few as fill the card and hold the row in shared memory, if it is read again.
+
+    The result is the same.
+    """
     blocks = 1
     while gpu.card.has_clusters and blocks < MAX_CLUSTER:
-        if num_rows * blocks * 2 > gpu.num_sms and fits(gpu, vocab_size, blocks):
+        if num_rows * blocks * 2 > gpu.num_sms and (is_greedy or fits(gpu, vocab_size, blocks)):
             break
         blocks *= 2
     return blocks
