@@ -47,6 +47,7 @@ class ManyTokens:
     stages: int  # buffers for x, of `pieces` times 64 inputs
     sequential: bool  # slices one after the other in a block; else side by side, with partial sums
     ctas: int = 1  # blocks on a multiprocessor
+    activation: str = ""  # of gate above up: what leaves is the next matmul's image, not sums
 
     @property
     def groups(self) -> int:
@@ -58,8 +59,9 @@ class ManyTokens:
 
     @property
     def has_shared_sums(self) -> bool:
-        """Whether registers cannot hold the sums of slices beside those of the slice at work."""
-        return self.sequential and (self.tokens > 128 or self.ctas > 1 or self.warpgroups > 2)
+        """Whether registers cannot hold the sums of slices beside those of the slice at work, or others read them."""
+        is_large = self.tokens > 128 or self.ctas > 1 or self.warpgroups > 2
+        return self.sequential and (is_large or self.activation != "")
 
 
 Variant = FewTokens | ManyTokens
@@ -88,6 +90,18 @@ class LinearPlan:
     def is_whole(self, variant: Variant) -> bool:
         """Whether a variant leaves sums, not one partial sum a slice."""
         return self.slices == 1 or (isinstance(variant, ManyTokens) and variant.sequential)
+
+    def activated(self, variant: Variant, kind: str) -> ManyTokens | None:
+        """`variant` with the activation of gate above up at its end; None where that takes a launch of its own.
+
+        Half of a block's rows are gate's, half up's. One slice is taken as slices are, one after the other.
+        """
+        if not isinstance(variant, ManyTokens) or not self.is_whole(variant):
+            return None
+        if variant.warpgroups % 2 or self.shape[0] % (64 * variant.warpgroups):
+            return None
+        stages = 3 if variant.tokens == 256 else variant.stages
+        return replace(variant, sequential=True, stages=stages, activation=kind)
 
     def variant(self, num_tokens: int, card: Card) -> Variant:
         if card.has_wgmma and num_tokens > FEW_TOKENS:
@@ -138,7 +152,7 @@ class LinearPlan:
             is_light = words <= 18 and self.slices > 1 and self.shape[1] <= SHORT_K
             return ManyTokens(32, 2, 2, 6, sequential, 2) if is_light else ManyTokens(32, 4, 2, 6, sequential)
         if tokens == 64 and words < 32 and is_side_by_side:
-            return ManyTokens(64, 1, 2, 4, sequential, 2)
+            return ManyTokens(64, 1 if TILE_K[self.type] == 256 else 2, 2, 4, sequential, 2)
         depth = 1 if words >= 32 else 3 if words <= 18 and tokens <= 64 else 2
         stages = 3 if tokens == 256 and sequential else {32: 6, 64: 4}.get(tokens, 6)
         return ManyTokens(tokens, 2, depth, stages, sequential)
