@@ -21,10 +21,24 @@ from torch import Tensor
 HAS_GPU = torch.cuda.is_available()
 pytest.importorskip("triton")
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 from tests.kernels.test_ops import rows_of  # noqa: E402
 from worker_orcd.kernels import attention as kernels  # noqa: E402
-from worker_orcd.kernels.attention import Call, Form, Launch, Pages, attend  # noqa: E402
-from worker_orcd.kernels.ops.ops import image_shape  # noqa: E402
+from worker_orcd.kernels import attention_kernels  # noqa: E402
+from worker_orcd.kernels.attention import (  # noqa: E402
+    Call,
+    Form,
+    Launch,
+    Pages,
+    Sum,
+    Unrotated,
+    attend,
+    store_and_attend,
+)
+from worker_orcd.kernels.gpu import Gpu  # noqa: E402
+from worker_orcd.kernels.ops.ops import Ops, Part, image_shape  # noqa: E402
 
 on_cpu = pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled here, not interpreted")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU")
@@ -246,13 +260,16 @@ TYPES = dict(out="*bf16", q="*fp32", k="*fp16", v="*fp16", query_starts="*i64", 
              block_table="*i64", partials="*fp32", num_seqs="i32", table_width="i32", groups="i32", factor="fp32",
              max_splits="i32")
 VALUES = dict(SOFT_CAP=0.0, GROUP=4, DIM=64, BLOCK=32, WINDOW=0, ROWS=16, PAD=128, OVERLAPS=True,
-              UNROLL=8, sinks=None)
+              AHEAD=256, ROTATION=None, UNROLL=8, sinks=None)
 
 name, stages, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 kernel, values = getattr(kernels, name), VALUES | changes
 values = {x: values[x] for x in kernel.arg_names if x in values}
 types = {x: "constexpr" if x in values else TYPES[x] for x in kernel.arg_names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kernel.arg_names) if types[x].startswith("*")}
+if values.get("ROTATION"):  # one that reads no constants: three sums, no bias, no tables
+    types["q"] = (*3 * [("*fp32", "constexpr", "i32", "i32")], "constexpr", "constexpr")
+    values |= {(1, 0, 1): None, (1, 1, 1): None, (1, 2, 1): None, (1, 3): None, (1, 4): None}
+aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kernel.arg_names) if types[x][0] == "*"}
 source = ASTSource(kernel, types, constexprs=values, attrs=aligned)
 built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": stages, "launch_pdl": True})
 print(built.asm["ptx"])
@@ -264,6 +281,7 @@ print(built.asm["ptx"])
     [
         ("decode_kernel", 5, {}),
         ("decode_kernel", 3, {"partials": None}),
+        ("decode_kernel", 5, {"ROTATION": (0, False, 8)}),
         ("prompt_kernel", 3, {"ROWS": 64}),
         ("fold_kernel", 3, {}),
     ],
@@ -272,12 +290,143 @@ def test_only_integers_are_read_before_the_one_ahead_has_ended(name: str, num_st
     command = [sys.executable, "-c", COMPILE_FOR_HOPPER, name, str(num_stages), repr(changes)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    steps = re.findall(r"griddepcontrol\.\w+|(?:ld|st|atom|red)\.(?:\w+\.)*global[\w.]*|cp\.async|\bret;", ptx)
+    access = r"(?:ld|st|atom|red|prefetch)\.(?:\w+\.)*global[\w.]*"
+    steps = re.findall(rf"griddepcontrol\.\w+|{access}|cp\.async|\bret;", ptx)
     wait = steps.index("griddepcontrol.wait")
     assert steps[0] == "griddepcontrol.launch_dependents"
-    assert all(step.startswith("ld.global.cg.b64") for step in steps[1:wait]), steps[:wait]
+    before = [step for step in steps[1:wait] if not step.startswith("ld.global.cg.b64")]
+    keys = 2 if name == "decode_kernel" else 0  # of each of 128 threads, and as many values
+    assert before == ["prefetch.global.L2"] * 2 * keys, steps[:wait]
+    assert not any(step.startswith("prefetch") for step in steps[wait:])
     assert "cp.async" in steps or name == "fold_kernel"
     assert not any(step.startswith("griddep") for step in steps[wait + 1 :])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How the projection of q, k and v leaves them: one part for each number of `widths` heads."""
+
+    widths: tuple[int, ...]
+    slices: tuple[int, ...]  # of each part
+    has_bias: bool
+    pairs: int  # of a head's numbers that turn
+    is_interleaved: bool = False
+
+
+def unrotated(form: Form, sums: Sums, num_rows: int, context: int) -> tuple[list[Part], Unrotated]:
+    """Random sums, as rope_store takes them and as attention does."""
+    g = torch.Generator().manual_seed(sum(sums.slices))
+    parts = []
+    for width, count in zip(sums.widths, sums.slices, strict=True):
+        slices = torch.randn(count, num_rows, width * form.head_dim, generator=g).to(DEVICE)
+        bias = torch.randn(width * form.head_dim, generator=g).to(DEVICE) if sums.has_bias else None
+        parts.append(Part(slices, bias))
+    angles = 7 * torch.rand(context, sums.pairs, generator=g).to(DEVICE)
+    found = kernels.cut([Sum(*part[:2]) for part in parts], form)
+    assert found is not None
+    return parts, Unrotated(*found, angles.cos(), angles.sin(), sums.is_interleaved)
+
+
+def check_rotation(gpu: Gpu, world: World, sums: Sums, num_parts: int | None = None) -> None:
+    """One row of each sequence, one of which is padding: the bits of rope_store and `attend`, in cache and result."""
+    form, lens = world.form, [len(q) for q in world.q]
+    parts, made_of = unrotated(form, sums, len(lens), max(lens))
+    pages = pages_of(world, [(s, n - 1, n) for s, n in enumerate(lens)])
+    pages.context_lens[0] = 0
+    positions, rows = pages.context_lens.clamp(min=1) - 1, torch.arange(len(lens), device=DEVICE)
+    size = world.block_size
+    slots = pages.block_table[rows, positions // size] * size + positions % size
+    slots[0] = -1
+    other = world.cache[0].clone(), world.cache[1].clone()
+    dims = form.num_heads, form.num_kv_heads, form.head_dim
+    table = made_of.cos, made_of.sin
+    q = Ops(gpu).rope_store(parts, dims, (None, None), other, (positions, slots), table, sums.is_interleaved)
+    expected = attend(q, *other, pages, form, world.sinks)
+    if num_parts is None:
+        found = store_and_attend(made_of, *world.cache, pages, form, world.sinks)
+    else:
+        found = torch.full_like(q, torch.nan)
+        launch = replace(kernels.decode_launch(form, len(lens), 36), num_parts=num_parts)
+        kernels.launch_decodes(Call(found, made_of, *world.cache, pages, form, world.sinks), launch)
+    assert torch.equal(found, expected)
+    for mine, theirs in zip(world.cache, other, strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+
+
+ROTATIONS = {
+    "one matrix with a bias": (Form(14, 2, 64, 0.125), Sums((18,), (7,), True, 32), False),
+    "v on its own": (Form(8, 2, 128, 0.1), Sums((10, 2), (2, 3), False, 64, True), False),
+    "k and v of another kind": (Form(3, 3, 96, 0.1), Sums((3, 6), (1, 4), True, 48), False),
+    "some numbers pass": (Form(4, 1, 80, 0.1), Sums((4, 1, 1), (1, 11, 2), True, 20), False),
+    "some interleaved ones pass": (Form(4, 2, 32, 0.2), Sums((6, 2), (2, 1), True, 12, True), False),
+    "none turn": (Form(2, 2, 16, 0.25), Sums((6,), (1,), True, 0), False),
+    "window and sinks": (Form(8, 1, 64, 0.125, window=128), Sums((10,), (5,), False, 32), True),
+}
+
+
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_gpu)  # the interpreter cuts bits off where the device rounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("case", ROTATIONS)
+def test_rows_that_are_rotated_and_stored_here(case: str, dtype: torch.dtype, gpu: Gpu) -> None:
+    form, sums, has_sinks = ROTATIONS[case]
+    check_rotation(gpu, build(form, [7, 1, 64, 70, 300], 32, dtype, has_sinks), sums)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_programs_that_share_a_row_see_what_one_of_them_stores(num_parts: int, gpu: Gpu) -> None:
+    for form in (Form(4, 2, 16, 0.25), Form(4, 2, 16, 0.25, window=300)):
+        world = build(form, [9, 1, 256, 257, 600], 16, torch.float16)
+        check_rotation(gpu, world, Sums((8,), (3,), True, 8), num_parts)
+
+
+def test_sums_that_cannot_be_right() -> None:
+    world = build(SMALL, [5], 16, torch.float16)
+    pages, (_, made_of) = pages_of(world, [(0, 4, 5)]), unrotated(SMALL, Sums((8,), (2,), True, 8), 1, 5)
+    for wrong, message in [
+        (replace(made_of, q=made_of.k), r"sums \(2, 1, 32\) for 1 rows of 64"),
+        (replace(made_of, v=replace(made_of.v, slices=made_of.v.slices.transpose(0, 1))), "sums"),
+        (replace(made_of, v=replace(made_of.v, slices=made_of.v.slices.half())), "float32"),
+        (replace(made_of, v=replace(made_of.v, bias=None)), "biases of only some"),
+        (replace(made_of, sin=made_of.sin[:, 1:]), "tables"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            store_and_attend(wrong, *world.cache, pages, SMALL)
+    assert not kernels.can_rotate(Form(15, 1, 16, 0.25))
+    assert kernels.can_rotate(Form(14, 1, 16, 0.25))
+
+
+def test_sums_that_are_cut_elsewhere_are_not_taken() -> None:
+    form = Form(4, 2, 16, 0.25)
+    for widths in ((2, 6), (5, 3), (4, 3, 1)):
+        assert kernels.cut([Sum(torch.zeros(1, 1, n * 16), None) for n in widths], form) is None
+    mixed = [Sum(torch.zeros(1, 1, 96), torch.zeros(96)), Sum(torch.zeros(1, 1, 32), None)]
+    assert kernels.cut(mixed, form) is None
+
+
+@triton.jit
+def mark(pointers, mask):  # type: ignore[no-untyped-def]
+    tl.store(pointers, 1.0, mask=mask)
+
+
+@triton.jit
+def fetch_ahead(k, v, table, low, high):  # type: ignore[no-untyped-def]
+    attention_kernels._fetch_ahead(k, v, table, low, high, 96, 16, 64)
+
+
+@on_cpu
+def test_what_is_asked_for_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 64 of positions 16 … 99: a number in each line of their keys and values, and of no others."""
+    monkeypatch.setattr(attention_kernels, "_prefetch", mark)
+    k, v, table = torch.zeros(9, 16, 2, 96), torch.zeros(9, 16, 2, 96), torch.tensor([3, 8, 1, 7, 2, 5, 0])
+    for high, count in ((100, 64), (30, 14), (16, 0)):
+        k.zero_(), v.zero_()
+        fetch_ahead[(1, 2)](k, v, table, 16, high)
+        lines = k.view(9, 16, 2, 3, 32)[table].flatten(0, 1)  # by position
+        assert lines[16 : 16 + count, ..., 0].all()
+        assert lines.sum() == count * 2 * 3
+        assert torch.equal(k, v)
 
 
 def check_padding(world: World) -> None:

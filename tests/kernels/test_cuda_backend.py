@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from worker_orcd.engine.runtime import Runtime
 from worker_orcd.engine.score import score
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.gguf.types import GgmlType
+from worker_orcd.kernels.attention import Unrotated, store_and_attend
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kv.paged import PagedAllocator
 from worker_orcd.kv.pool import KVShape, allocate_pool, eraser
@@ -81,12 +83,26 @@ def test_the_haiku_model() -> None:
     assert found < 3e-4
 
 
-def test_a_model_with_heads_for_the_tensor_cores(backend: Backend, tmp_path: Path) -> None:
-    """The attention kernel writes what the next product reads; interpreted, its bits follow the shape of a tile."""
-    path, ids = tiny.build("qwen3", head_dim=32).write(tmp_path / "tiny.gguf"), [7 * i % 321 for i in range(20)]
+@pytest.mark.parametrize(("name", "takes_sums"), [("qwen3", False), ("qwen2", True)])
+def test_a_model_with_heads_for_the_tensor_cores(
+    name: str, takes_sums: bool, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attention kernel writes what the next product reads; interpreted, its bits follow the shape of a tile.
+
+    At a token a step it also does what comes before it, unless heads are normalized.
+    """
+    steps: list[int] = []
+
+    def noted(made_of: Unrotated, *others: Any) -> Tensor:
+        steps.append(made_of.q.slices.shape[1])
+        return store_and_attend(made_of, *others)
+
+    monkeypatch.setattr("worker_orcd.backends.cuda.store_and_attend", noted)
+    path, ids = tiny.build(name, head_dim=32).write(tmp_path / "tiny.gguf"), [7 * i % 321 for i in range(20)]
     truth = score(runtime_on(path, TorchBackend(backend.device)), ids, 20)
-    for chunk in (20, 9):
+    for chunk in (20, 9, 1):
         assert divergence(score(runtime_on(path, backend), ids, chunk), truth) < 1e-3
+    assert set(steps) == ({1} if takes_sums else set())
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)

@@ -112,9 +112,9 @@ def test_the_same_tokens_from_the_sampling_kernel(runtime: Runtime, gpu: Gpu) ->
     sample = CudaBackend(gpu.device, gpu).sample_kernel([0], 321)
     assert sample is not None
 
-    def kernel(logits: Tensor, table: Tensor, place: Tensor | None) -> Tensor:
+    def kernel(logits: Tensor, table: Tensor, place: Tensor | None, is_greedy: bool) -> Tensor:
         calls.append((len(logits), place is not None))
-        return sample(logits, table, place)
+        return sample(logits, table, place, is_greedy)
 
     expected = answers(runtime, None, wanted)
     assert answers(runtime, None, wanted, kernel) == expected

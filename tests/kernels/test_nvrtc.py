@@ -49,6 +49,17 @@ def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
         assert name.encode() in code
 
 
+@pytest.mark.parametrize("num_rows", [32, 256])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "clamped"])
+def test_a_matmul_with_an_activation_compiles(num_rows: int, activation: str) -> None:
+    plan = plan_linear(28672, 4096, GgmlType.Q4_K)
+    variant = plan.activated(plan.variant(num_rows, CARDS["sm_90a"]), activation)
+    assert variant is not None
+    assert plan.shared_bytes(variant) <= CARDS["sm_90a"].shared_bytes
+    source, name = kernel_of(plan.type, variant)
+    assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, "sm_90a")
+
+
 @EVERY_CARD
 @pytest.mark.parametrize("num_rows", [1, 16])
 def test_a_pair_compiles(num_rows: int, arch: str) -> None:

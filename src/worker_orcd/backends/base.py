@@ -210,20 +210,23 @@ class Backend(Protocol):
         """As `add`, and that as `norm`. `x` may be overwritten."""
         ...
 
-    def rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
-        """Rotate q and k (arXiv:2104.09864), store k and v, return the rotated q [T, Hq, D]."""
+    def attend(
+        self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch,
+        query_scales: Tensor | None = None,
+    ) -> Operand:  # fmt: skip
+        """Rotate q and k (arXiv:2104.09864), store k and v; causal softmax(q·kᵀ·scale)·v over the cached context.
+
+        [T, (Hq + 2 Hk) D] → [T, Hq D], heads side by side. query_scales f32 [context, 1, 1]: a factor of the rotated
+        queries at each position.
+        """
         ...
 
-    def attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
-        """Causal softmax(q·kᵀ·scale)·v over the cached context, heads side by side: [T, Hq D]."""
-        ...
+    def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
+        """act(gate) · up for the first and the second half of the products: [T, K] → [T, F] (arXiv:2002.05202).
 
-    def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
-        """act(gate) · up for the first and the second half of the sums: [T, 2 F] → [T, F] (arXiv:2002.05202).
-
-        Not gated: act(up), [T, F] → [T, F]. "silu" is x · σ(x); "gelu" x · Φ(x), and "gelu_tanh" its approximation
-        x · σ(2u), u = √(2/π) (x + 0.044715 x³) (arXiv:1606.08415). "clamped", always gated, is
-        σ(1.702 gate) · gate · (up + 1), with gate at most 7 and up within ±7 (arXiv:2508.10925).
+        Not gated: act(up). "silu" is x · σ(x); "gelu" x · Φ(x), and "gelu_tanh" its approximation x · σ(2u),
+        u = √(2/π) (x + 0.044715 x³) (arXiv:1606.08415). "clamped", always gated, is σ(1.702 gate) · gate · (up + 1),
+        with gate at most 7 and up within ±7 (arXiv:2508.10925).
         """
         ...
 

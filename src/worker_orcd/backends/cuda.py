@@ -30,7 +30,17 @@ from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
 from worker_orcd.backends.torch_ref import BasicAttention, normalize, sigmoid
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.attention import Form, Pages, attend, takes
+from worker_orcd.kernels.attention import (
+    Form,
+    Pages,
+    Sum,
+    Unrotated,
+    attend,
+    can_rotate,
+    cut,
+    store_and_attend,
+    takes,
+)
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, tiled
 from worker_orcd.kernels.linear.plan import choose_expert_slices, plan_linear
@@ -131,7 +141,22 @@ class CudaBackend:
             return self.add(x, y, after, scale), self.norm(x, None)
         return x, _operand(self._ops.add_norm(x, _part(y), _norm(norm), _norm(after), scale), *x.shape)
 
-    def rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
+    def attend(
+        self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch,
+        query_scales: Tensor | None = None,
+    ) -> Operand:  # fmt: skip
+        """In steps where every sequence has one row, one kernel does what it can; else rotation is another."""
+        made_of = _unrotated(qkv, heads, rope, spec, batch) if query_scales is None else None
+        if made_of is not None:
+            image = self._ops.image(len(batch.slots), spec.num_heads * spec.head_dim)
+            store_and_attend(made_of, kv.k, kv.v, _pages(batch.attn), _form(spec), spec.sinks, image)
+            return _operand(image, len(batch.slots), spec.num_heads * spec.head_dim)
+        q = self._rope_and_store(qkv, heads, kv, batch, rope)
+        if query_scales is not None:
+            q = q * query_scales[batch.attn.positions]
+        return self._attention(q, kv, batch.attn, spec)
+
+    def _rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
         dims = heads.num_heads, heads.num_kv_heads, heads.head_dim
         if heads.q_norm is not None and len(heads.q_norm.weight) != heads.head_dim:
             qkv, heads = self._normalized(qkv, heads), Heads(*dims)
@@ -147,46 +172,51 @@ class CudaBackend:
         normed = [normalize(x, norm).contiguous() for x, norm in zip(parts, norms, strict=True)]
         return tuple(base.Part(x[None], None) for x in normed)
 
-    def attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
+    def _attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
         width = q.shape[1] * q.shape[2]
         if not takes(spec.head_dim):
             found = self._basic(q, kv, batch, spec).flatten(1)
             return _operand(self._ops.to_image(found), len(q), width)
-        form = Form(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap)
-        pages = Pages(batch.query_starts, batch.context_lens, batch.block_table)
-        image = attend(q, kv.k, kv.v, pages, form, spec.sinks, self._ops.image(len(q), width))
+        image = self._ops.image(len(q), width)
+        attend(q, kv.k, kv.v, _pages(batch), _form(spec), spec.sinks, image)
         return _operand(image, len(q), width)
 
-    def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
-        num_rows, width = gate_up[0].slices.shape[1], sum(part.width for part in gate_up) // (1 + is_gated)
-        return _operand(self._ops.activate(_parts(gate_up), width, kind, is_gated), num_rows, width)
+    def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
+        width, image = sum(weight.shape[0] for weight, _ in projection) // (1 + is_gated), None
+        if is_gated and len(projection) == 1:
+            ((weight, bias),) = projection
+            image = self._linear.up(x.data, x.num_rows, _matrix(weight), bias, kind)
+        if image is None:
+            image = self._ops.activate(_parts(self.linear(x, projection)), width, kind, is_gated)
+        return _operand(image, x.num_rows, width)
 
     def experts(self, x: Operand, experts: Experts) -> Sums:
         scores = _parts(self.linear(x, experts.router))
         routing = self._experts.route(scores, experts.num_experts, experts.num_used, experts.is_normalized)
         spread = self._experts.spread(x.data, routing)
-        gate_up = [self._grouped(spread, weight, bias, experts, routing) for weight, bias in experts.gate_up]
-        width = sum(part.slices.shape[2] for part in gate_up) // 2
-        image = self._ops.activate(gate_up, width, experts.activation, places=routing.places)
+        image = self._up(spread, experts, routing)
         ((down, bias),) = experts.down
-        y = self._experts.combine(self._grouped(image, down, bias, experts, routing), routing)
+        given = self._experts.multiply(image, _own_matrix(down, experts), bias, routing)
+        y = self._experts.combine(given, routing)
         shared = self._shared(x, experts)
         return (base.Part(y[None] if shared is None else torch.stack([y, shared]), None),)
 
-    def _grouped(
-        self, image: Tensor, weight: base.PackedWeight, bias: Tensor | None, experts: Experts, routing: Routing
-    ) -> ops.Part:
-        """A row's experts fill the card together, so K is cut as for all their rows."""
-        n, k, count = weight.shape[0] // experts.num_experts, weight.shape[1], experts.num_experts
-        plan = plan_linear(n, k, weight.type, choose_expert_slices(n, k, weight.type, experts.num_used))
-        matrix = TiledMatrix(weight.type, (n, k), weight.parts[0], plan, count)
-        return self._experts.multiply(image, matrix, bias, routing)
+    def _up(self, spread: Tensor, experts: Experts, routing: Routing) -> Tensor:
+        """As `up`, each place by its expert."""
+        matrices = [(_own_matrix(weight, experts), bias) for weight, bias in experts.gate_up]
+        if len(matrices) == 1:
+            image = self._experts.up(spread, *matrices[0], routing, experts.activation)
+            if image is not None:
+                return image
+        gate_up = [self._experts.multiply(spread, matrix, bias, routing) for matrix, bias in matrices]
+        width = sum(part.slices.shape[2] for part in gate_up) // 2
+        return self._ops.activate(gate_up, width, experts.activation, places=routing.places)
 
     def _shared(self, x: Operand, experts: Experts) -> Tensor | None:
         shared = experts.shared
         if shared is None:
             return None
-        h = self.activate(self.linear(x, shared.gate_up), experts.activation)
+        h = self.up(x, shared.gate_up, experts.activation)
         gate = sigmoid(self.total(self.linear(x, shared.gate)))
         return self.total(self.linear(h, shared.down)) * gate
 
@@ -194,6 +224,30 @@ class CudaBackend:
 def _matrix(weight: base.PackedWeight) -> TiledMatrix:
     assert isinstance(weight, PackedWeight)
     return weight.matrix
+
+
+def _unrotated(qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, batch: Batch) -> Unrotated | None:
+    """What attention of single rows can add up, rotate and store itself."""
+    form, is_decode = _form(spec), len(batch.slots) == len(batch.attn.context_lens)  # a sequence has at least one row
+    if not (is_decode and can_rotate(form) and heads.q_norm is None and heads.k_norm is None):
+        return None
+    sums = cut([Sum(part.slices, part.bias) for part in qkv], form)
+    return None if sums is None else Unrotated(*sums, rope.cos, rope.sin, rope.style == "interleaved")
+
+
+def _form(spec: AttnSpec) -> Form:
+    return Form(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap)
+
+
+def _pages(batch: AttnBatch) -> Pages:
+    return Pages(batch.query_starts, batch.context_lens, batch.block_table)
+
+
+def _own_matrix(weight: base.PackedWeight, experts: Experts) -> TiledMatrix:
+    """That of each expert. A row's experts fill the card together, so K is cut as for all their rows."""
+    n, k = weight.shape[0] // experts.num_experts, weight.shape[1]
+    plan = plan_linear(n, k, weight.type, choose_expert_slices(n, k, weight.type, experts.num_used))
+    return TiledMatrix(weight.type, (n, k), weight.parts[0], plan, experts.num_experts)
 
 
 def _operand(image: Tensor | None, num_rows: int, width: int) -> Operand:

@@ -107,7 +107,17 @@ class TorchBackend:
         x = self.add(x, y, after, scale)
         return x, self.norm(x, norm)
 
+    def attend(
+        self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch,
+        query_scales: Tensor | None = None,
+    ) -> Operand:  # fmt: skip
+        q = self.rope_and_store(qkv, heads, kv, batch, rope)
+        if query_scales is not None:
+            q = q * query_scales[batch.attn.positions]
+        return _operand(self._attention(q, kv, batch.attn, spec).flatten(1))
+
     def rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
+        """The first half of `attend`: → the rotated q [T, Hq, D]."""
         q, k, v = cut(self.total(qkv), heads)
         q, k = _normalize_heads(q, heads.q_norm), _normalize_heads(k, heads.k_norm)
         cos = rope.cos[batch.attn.positions].unsqueeze(1)  # [T, 1, half]
@@ -116,8 +126,8 @@ class TorchBackend:
         kv.v.view(-1, *kv.v.shape[2:])[batch.slots] = v.to(kv.v.dtype)
         return _rotate(q, cos, sin, rope)
 
-    def attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
-        return _operand(self._attention(q, kv, batch, spec).flatten(1))
+    def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
+        return self.activate(self.linear(x, projection), kind, is_gated)
 
     def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
         x = self.total(gate_up)
@@ -146,7 +156,7 @@ class TorchBackend:
         return (Part(out, None),)
 
     def _mlp(self, x: Operand, gate_up: Projection, down: Projection, activation: Activation) -> Tensor:
-        return self.total(self.linear(self.activate(self.linear(x, gate_up), activation), down))
+        return self.total(self.linear(self.up(x, gate_up, activation), down))
 
 
 def _operand(x: Tensor) -> Operand:

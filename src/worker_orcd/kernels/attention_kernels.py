@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SPLIT = tl.constexpr(256)  # keys in a partial
+MOST_SLICES = tl.constexpr(8)  # fetched at once
 LOG2_E = tl.constexpr(math.log2(math.e))
 ONES = tl.constexpr(32)  # columns of the product that sums; more than rows of a decode, so that warps divide columns
 LOWEST = tl.constexpr(-1e30)  # a running maximum before anything was seen; finite, so that differences are defined
@@ -54,14 +55,14 @@ def prompt_kernel(
     if not ((num_queries > 1) & (first < num_queries)):
         return
     where, tensors = (seq, begin, num_queries, first, context_len), (out, q, k, v, block_table)
-    _attend(where, tensors, sinks, None, num_seqs, table_width, groups, factor, SOFT_CAP, GROUP, DIM, BLOCK,
+    _attend(where, tensors, None, sinks, None, num_seqs, table_width, groups, factor, SOFT_CAP, GROUP, DIM, BLOCK,
             WINDOW, ROWS, PAD, True)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["table_width", "groups"])
 def decode_kernel(
     out,  # these are as for prompt_kernel
-    q,
+    q,  # or, with ROTATION, what q, k and v of the step's rows are made of: see _known
     k,
     v,
     sinks,
@@ -80,19 +81,36 @@ def decode_kernel(
     ROWS: tl.constexpr,
     PAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
+    AHEAD: tl.constexpr,  # keys to be on their way to L2 while the kernel before this one is at work
+    ROTATION: tl.constexpr,  # None, or: pairs that turn, whether they are interleaved, the most slices
 ):
-    """Program (sequence, key/value head, part): the rows of a sequence that has one query."""
+    """Program (sequence, key/value head, part): the rows of a sequence that has one query.
+
+    With ROTATION every sequence has one, and the program that reads its new key and value has stored them before.
+    """
     if OVERLAPS:
         gdc_launch_dependents()
     seq = tl.program_id(0)
-    begin, num_queries = _queries_of(seq, query_starts)
     context_len = tl.load(context_lens + seq, cache_modifier=".cg").to(tl.int32)
+    table, made = block_table + seq.to(tl.int64) * table_width, None
+    if ROTATION is None:
+        begin, num_queries = _queries_of(seq, query_starts)
+    else:
+        begin, num_queries = seq, 1
+        known = _known(q, table, tl.maximum(context_len - 1, 0), GROUP, DIM, BLOCK, ROTATION)
     if OVERLAPS:
+        if AHEAD:
+            low, high = _span(context_len - 1, context_len - 1, partials, DIM, WINDOW)
+            if ROTATION is None:
+                high = tl.where(num_queries == 1, high, 0)
+            _fetch_ahead(k, v, table, low, high, DIM, BLOCK, AHEAD)
         gdc_wait()
-    if num_queries != 1:
+    if ROTATION is not None:
+        made = _made(known, GROUP, DIM, ROTATION)
+    elif num_queries != 1:
         return
     where, tensors = (seq, begin, num_queries, 0, context_len), (out, q, k, v, block_table)
-    _attend(where, tensors, sinks, partials, tl.num_programs(0), table_width, groups, factor, SOFT_CAP, GROUP,
+    _attend(where, tensors, made, sinks, partials, tl.num_programs(0), table_width, groups, factor, SOFT_CAP, GROUP,
             DIM, BLOCK, WINDOW, ROWS, PAD, False)  # fmt: skip
 
 
@@ -100,6 +118,7 @@ def decode_kernel(
 def _attend(
     where,  # the sequence, its first row, how many it has, the first of them to work on, the context's length
     tensors,
+    made,  # what _made gives; None: queries are in q, all keys and values in the cache
     sinks,
     partials,
     num_seqs,
@@ -117,7 +136,7 @@ def _attend(
 ):
     """ROWS query rows in registers, keys and values stream by."""
     QUERIES: tl.constexpr = ROWS // GROUP
-    TILE: tl.constexpr = 64 if DIM <= 128 else 32  # keys at a time: part of the order of addition
+    TILE: tl.constexpr = _tile(DIM)
     kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
     seq, begin, num_queries, first, context_len = where
     out, q, k, v, block_table = tensors
@@ -127,17 +146,21 @@ def _attend(
     limits = context_len - num_queries + query  # the last position each row sees
     first_limit = context_len - num_queries + first
     last_limit = context_len - num_queries + tl.minimum(first + QUERIES, num_queries) - 1
-    low, high = 0, last_limit + 1
-    if WINDOW:
-        low = tl.maximum(first_limit - WINDOW + 1, 0) // TILE * TILE
-    if partials is not None:
-        low, high = _share(low, high)
+    low, high = _span(first_limit, last_limit, partials, DIM, WINDOW)
 
     table = block_table + seq.to(tl.int64) * table_width
     d = tl.arange(0, triton.next_power_of_2(DIM))
     at = ((begin + query).to(tl.int64) * num_heads + heads) * DIM
     inside = is_row[:, None] & (d < DIM)[None, :]
-    queries = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0).to(k.dtype.element_ty)
+    if made is None:
+        queries = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0).to(k.dtype.element_ty)
+    else:
+        fresh = made[0].to(k.dtype.element_ty)
+        if (low <= last_limit) & (last_limit < high):
+            _store_made(fresh, k, v, made[1], GROUP, DIM)
+            tl.debug_barrier()  # other threads load what this one stores
+        queries = tl.broadcast_to(fresh[None], (ROWS // fresh.shape[0], fresh.shape[0], fresh.shape[1]))
+        queries = tl.reshape(queries, (ROWS, fresh.shape[1]))  # rows beyond GROUP are nobody's
     run_acc, totals = tl.zeros((ROWS, d.shape[0]), tl.float32), tl.zeros((ROWS, ONES), tl.float32)
     run_peak, run_total = tl.full((ROWS,), LOWEST, tl.float32), tl.zeros((ROWS,), tl.float32)
     acc, peak = run_acc, run_peak
@@ -305,12 +328,132 @@ def _queries_of(seq, query_starts):
 
 
 @triton.jit
+def _known(
+    parts, table, position, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROTATION: tl.constexpr
+):  # fmt: skip
+    """What _made can have before there are sums: where they lie, biases, angles [D], the key's place in the cache.
+
+    Each of q, k and v is (slices, bias, width of a row, number of slices). A sine has the sign with which the partner
+    in a pair is added.
+    """
+    PAIRS: tl.constexpr = ROTATION[0]
+    q, k, v, cos, sin = parts[0], parts[1], parts[2], parts[3], parts[4]
+    rows, d, inside = _places(GROUP, DIM)
+    kv_head = tl.program_id(1)
+    first = tl.where(rows < GROUP, kv_head * GROUP + rows, kv_head) * DIM
+    width = _of_rows(rows, q[2], k[2], v[2], GROUP).to(tl.int64)
+    slices = _of_rows(rows, q[0], k[0], v[0], GROUP) + (tl.program_id(0) * width + first)
+    source = slices, tl.num_programs(0) * width, _of_rows(rows, q[3], k[3], v[3], GROUP)
+    bias = tl.zeros(inside.shape, tl.float32)
+    if q[1] is not None:
+        biases = _of_rows(rows, q[1], k[1], v[1], GROUP) + first
+        bias = tl.load(biases[:, None] + d[None, :], mask=inside, other=0.0)
+    cosine, sine = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
+    if PAIRS:
+        pair, is_first = (d // 2, d % 2 == 0) if ROTATION[1] else (d % PAIRS, d < PAIRS)
+        at, is_turned = position.to(tl.int64) * PAIRS + pair, d < 2 * PAIRS
+        cosine = tl.load(cos + at, mask=is_turned, other=0.0)
+        sine = tl.load(sin + at, mask=is_turned, other=0.0) * tl.where(is_first, -1.0, 1.0)  # 0 - x is no -0
+    block = tl.load(table + position // BLOCK, cache_modifier=".cg").to(tl.int64)
+    place = ((block * BLOCK + position % BLOCK) * tl.num_programs(1) + kv_head) * DIM
+    return source, bias, cosine, sine, place
+
+
+@triton.jit
+def _made(known, GROUP: tl.constexpr, DIM: tl.constexpr, ROTATION: tl.constexpr):
+    """The rotated queries of this key/value head, its rotated key, its value: GROUP + 2 rows, and some of zeros.
+
+    Sums are added up slice by slice from +0 on, the bias last, and every product and every sum is rounded, all as
+    rope_store in ops/rows.cu does. Numbers beyond the pairs that turn pass. Returns the place in the cache, too.
+    """
+    PAIRS: tl.constexpr = ROTATION[0]
+    SLICES: tl.constexpr = ROTATION[2]
+    AT_ONCE: tl.constexpr = min(SLICES, MOST_SLICES)
+    source, bias, cosine, sine, place = known
+    at, step, count = source
+    rows, d, inside = _places(GROUP, DIM)
+    own = tl.zeros(inside.shape, tl.float32)
+    for start in tl.static_range(0, SLICES, AT_ONCE):
+        found = ()  # first all are asked for, then added
+        for i in tl.static_range(AT_ONCE):
+            is_there = inside & (start + i < count)[:, None]
+            found += (tl.load(at[:, None] + d[None, :], mask=is_there, other=0.0),)  # type: ignore[assignment]
+            at += step
+        for i in tl.static_range(AT_ONCE):
+            own += found[i]
+    own += bias
+    if PAIRS:
+        partner = d ^ 1 if ROTATION[1] else tl.where(d < 2 * PAIRS, (d + PAIRS) % (2 * PAIRS), d)
+        other = tl.gather(own, tl.broadcast_to(partner[None, :], own.shape), 1)
+        turned = own * cosine[None, :] + other * sine[None, :]
+        own = tl.where((rows <= GROUP)[:, None] & (d < 2 * PAIRS)[None, :], turned, own)
+    return own, place
+
+
+@triton.jit
+def _places(GROUP: tl.constexpr, DIM: tl.constexpr):
+    """Rows of _made, numbers of a row, and which of all there are."""
+    rows, d = tl.arange(0, triton.next_power_of_2(GROUP + 2)), tl.arange(0, triton.next_power_of_2(DIM))
+    return rows, d, (rows < GROUP + 2)[:, None] & (d < DIM)[None, :]
+
+
+@triton.jit
+def _of_rows(rows, q, k, v, GROUP: tl.constexpr):
+    return tl.where(rows < GROUP, q, tl.where(rows == GROUP, k, v))
+
+
+@triton.jit
+def _store_made(made, k, v, place, GROUP: tl.constexpr, DIM: tl.constexpr):
+    """The key and the value among the rows of _made go to the cache."""
+    rows, d = tl.arange(0, made.shape[0]), tl.arange(0, made.shape[1])
+    is_new = ((rows == GROUP) | (rows == GROUP + 1))[:, None] & (d < DIM)[None, :]
+    tl.store(tl.where(rows == GROUP, k, v)[:, None] + (place + d)[None, :], made, mask=is_new)
+
+
+@triton.constexpr_function
+def _tile(head_dim):
+    """Keys at a time: part of the order of addition."""
+    return 64 if head_dim <= 128 else 32
+
+
+@triton.jit
+def _span(first_limit, last_limit, partials, DIM: tl.constexpr, WINDOW: tl.constexpr):
+    """The positions low … high - 1 this program reads, for rows whose last ones are first_limit … last_limit."""
+    low, high = 0, last_limit + 1
+    if WINDOW:
+        low = tl.maximum(first_limit - WINDOW + 1, 0) // _tile(DIM) * _tile(DIM)
+    if partials is not None:
+        low, high = _share(low, high)
+    return low, high
+
+
+@triton.jit
 def _share(low, high):
     """This part's piece of the positions low … high - 1: whole splits, as evenly as they go."""
     first = low // SPLIT
     num_splits = tl.cdiv(tl.cdiv(high, SPLIT) - first, tl.num_programs(2))
     begin = (first + tl.program_id(2) * num_splits) * SPLIT
     return tl.maximum(low, begin), tl.minimum(high, begin + num_splits * SPLIT)
+
+
+@triton.jit
+def _fetch_ahead(k, v, table, low, high, DIM: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    """Ask L2 for the keys and values at low … high - 1, AHEAD at most. It keeps one just being written up to date."""
+    LINE: tl.constexpr = 1024 // k.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
+    positions = low + tl.arange(0, AHEAD)
+    is_key = positions < high
+    blocks = tl.load(table + positions // BLOCK, mask=is_key, other=0, cache_modifier=".cg")
+    rows = (blocks * BLOCK + positions % BLOCK) * tl.num_programs(1) + tl.program_id(1)
+    d = tl.arange(0, triton.next_power_of_2(triton.cdiv(DIM, LINE))) * LINE
+    cells, inside = (rows * DIM)[:, None] + d[None, :], is_key[:, None] & (d < DIM)[None, :]
+    _prefetch(k + cells, inside)
+    _prefetch(v + cells, inside)
+
+
+@triton.jit
+def _prefetch(pointers, mask):
+    code: tl.constexpr = "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.s32 $0, 0;}"
+    tl.inline_asm_elementwise(code, "=r,l,r", [pointers, mask.to(tl.int32)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

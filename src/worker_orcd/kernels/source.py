@@ -9,8 +9,17 @@ from importlib.resources import files
 from types import MappingProxyType
 
 HEADERS = {
-    "linear": ("ptx.cuh", "async.cuh", "plain.cuh", "block32.cuh", "kquant.cuh", "weight.cuh"),
-    "ops": ("ptx.cuh", "async.cuh", "flow.cuh"),
+    "linear": (
+        "ptx.cuh",
+        "async.cuh",
+        "plain.cuh",
+        "block32.cuh",
+        "kquant.cuh",
+        "weight.cuh",
+        "act.cuh",
+        "activated.cuh",
+    ),
+    "ops": ("ptx.cuh", "async.cuh", "act.cuh", "flow.cuh"),
 }
 
 

@@ -41,10 +41,8 @@ class Attention:
     query_scales: Tensor | None  # f32 [context, 1, 1]
 
     def __call__(self, h: Operand, batch: Batch, kv: LayerKV) -> Sums:
-        q = self.backend.rope_and_store(self.backend.linear(h, self.qkv), self.heads, kv, batch, self.rope)
-        if self.query_scales is not None:
-            q = q * self.query_scales[batch.attn.positions]
-        return self.backend.linear(self.backend.attention(q, kv, batch.attn, self.spec), self.output)
+        qkv, own = self.backend.linear(h, self.qkv), (self.heads, self.rope, self.spec)
+        return self.backend.linear(self.backend.attend(qkv, *own, kv, batch, self.query_scales), self.output)
 
 
 class Mlp(Protocol):
@@ -64,8 +62,7 @@ class DenseMlp:
     is_gated: bool
 
     def __call__(self, h: Operand) -> Sums:
-        up = self.backend.linear(h, self.up)
-        return self.backend.linear(self.backend.activate(up, self.activation, self.is_gated), self.down)
+        return self.backend.linear(self.backend.up(h, self.up, self.activation, self.is_gated), self.down)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 // CUDA C++ on an ordinary x86-64 processor, as far as our kernels use it: a block's threads are coroutines that
 // change places at barriers and warp-wide operations. Blocks run one after the other, those of a cluster together
 // (their shared memory has to be dynamic, all of it). Slow, exact, free of races by design; running threads in another
-// order (`order`) shows a missing barrier. Stands in for ptx.cuh and async.cuh.
+// order (`order`) shows a missing barrier. Stands in for ptx.cuh, async.cuh and wgmma.cuh.
 #pragma once
 #include <math.h>  // C headers only: the C++ ones take longer to compile than our kernels
 #include <stdint.h>
@@ -55,6 +55,7 @@ struct Block {
   Barrier barrier;
   Warp* warps;
   char* shared;
+  Barrier named[2];  // of sync_some
 };
 struct Thread {
   void* stack_pointer;
@@ -189,6 +190,11 @@ static u32 to_bf16(double v) {  // to the nearest, ties to even, also below the 
 #define blockDim (emu::threads_)
 #define gridDim (emu::grid_)
 static inline void __syncthreads() { emu::wait(emu::self->block->barrier, emu::self->block->barrier.arrive()); }
+static inline void sync_some(int barrier, int threads) {
+  emu::Barrier& some = emu::self->block->named[barrier];
+  some.alive = threads;
+  emu::wait(some, some.arrive());
+}
 #define CLUSTERS 1
 static inline void cluster_arrive() { emu::self->cluster_arrival = emu::cluster_barrier.arrive(); }
 static inline void cluster_wait() { emu::wait(emu::cluster_barrier, emu::self->cluster_arrival); }
@@ -296,3 +302,52 @@ static inline void copy16(u32 shared, const void* from) { memcpy(emu::shared_bas
 static inline void copies_done() {}
 static inline int fresh(const int* p) { return *p; }
 static inline long long fresh(const long long* p) { return *p; }
+
+// ---- of Hopper: barriers in shared memory, copies that are there at once, and wgmma.cuh
+struct SharedBarrier {
+  u8 phase, count, pending, none;
+  int bytes;  // that are still to come
+  void check() {
+    if (!pending && !bytes) phase ^= 1, pending = count;
+  }
+};
+static inline SharedBarrier& shared_barrier(u32 at) { return *(SharedBarrier*)(emu::shared_base + at); }
+static inline void barrier_init(u32 barrier, u32 count) { shared_barrier(barrier) = {0, (u8)count, (u8)count, 0, 0}; }
+static inline void barrier_init_done() {}
+static inline void barrier_arrive(u32 barrier) { shared_barrier(barrier).pending--, shared_barrier(barrier).check(); }
+static inline void barrier_expect(u32 barrier, u32 bytes) {
+  shared_barrier(barrier).bytes += bytes;
+  barrier_arrive(barrier);
+}
+static inline void barrier_wait(u32 barrier, u32 phase) {
+  while (shared_barrier(barrier).phase == phase) emu::yield();
+}
+static inline void bulk_copy(u32 shared, const void* from, u32 bytes, u32 barrier) {
+  memcpy(emu::shared_base + shared, from, bytes);
+  shared_barrier(barrier).bytes -= bytes, shared_barrier(barrier).check();
+}
+#ifdef TOKENS
+static inline void wgmma(float* d, const u32* a, u64 descriptor) {  // a warp's 16 rows; b with 128-byte swizzle
+  u32(*const slots)[8] = emu::exchange(a, 4);
+  const int g = emu::lane() >> 2, quad = emu::lane() & 3;
+  const u32 start = (descriptor & 0x3fff) * 16;
+  float rows[2][16];
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k < 16; k++)
+      rows[half][k] = emu::of_bf16(slots[g * 4 + (k & 7) / 2][half + (k >> 3) * 2] >> (k & 1) * 16 & 0xffff);
+  for (int i = 0; i < TOKENS / 2; i += 4)
+    for (int e = 0; e < 2; e++) {
+      const u32 token = start + i / 4 * 1024 + (quad * 2 + e) * 128;
+      u16 bits[16];
+      for (u32 k = 0; k < 16; k += 8) {
+        const u32 at = token + k * 2;
+        memcpy(bits + k, emu::shared_base + (at ^ (at >> 7 & 7) << 4), 16);
+      }
+      for (int half = 0; half < 2; half++) {
+        double sum = d[i + half * 2 + e];
+        for (int k = 0; k < 16; k++) sum += (double)rows[half][k] * emu::of_bf16(bits[k]);
+        d[i + half * 2 + e] = (float)sum;
+      }
+    }
+}
+#endif

@@ -1,6 +1,6 @@
 """A GPU that is not there: kernels are compiled for the processor (cuda.h) and run on tensors in host memory.
 
-For tests only: everything of CudaBackend but the Hopper kernels runs, bit for bit the same for any number of rows.
+For tests only: everything of CudaBackend runs, bit for bit the same for any number of rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from worker_orcd.kernels.gpu import Card, Gpu, Work
 from worker_orcd.kernels.source import Source
 
 HEADER = Path(__file__).parent / "cuda.h"
-STAND_INS = {"ptx.cuh": '#include "cuda.h"\n', "async.cuh": '#include "cuda.h"\n'}
+STAND_INS = dict.fromkeys(("ptx.cuh", "async.cuh", "wgmma.cuh"), '#include "cuda.h"\n')
 FLAGS = ("-std=c++17", "-O1", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 FLAGS += ("-fno-gnu-unique", "-fvisibility-inlines-hidden")  # two variants' shared memory of one name is not the same
 COMPILER = shutil.which("g++")
@@ -32,9 +32,11 @@ COMPILER = shutil.which("g++")
 class EmulatedGpu(Gpu):
     """`order` is the order in which the threads of a block take their turns: 0, 1 or 2."""
 
-    def __init__(self, num_sms: int = 3, shared_bytes: int = 99 * 1024, order: int = 0) -> None:
+    def __init__(
+        self, num_sms: int = 3, shared_bytes: int = 99 * 1024, order: int = 0, has_wgmma: bool = False
+    ) -> None:
         self.device = torch.device("cpu")
-        self.card = Card(has_wgmma=False, shared_bytes=shared_bytes, has_clusters=True)
+        self.card = Card(has_wgmma=has_wgmma, shared_bytes=shared_bytes, has_clusters=True)
         self.num_sms, self.order = num_sms, order
 
     def compile_ahead(self, source: Source) -> None:  # type: ignore[override]
@@ -66,6 +68,7 @@ def cluster_of(source: Source, name: str) -> int:
 def compiled(source: Source, name: str) -> ctypes._NamedFuncPointer:
     text = source.text.replace("extern __shared__ __align__(1024) char shared[];", "char* shared = emu::shared_base;")
     text = re.sub(r"#pragma unroll.*", "", text)
+    text = re.sub(r"asm volatile\((?:[^()]|\([^()]*\))*\);", ";", text)  # waits for wgmma, and registers' numbers
     entry = f"decltype(emu::of({name}))::entry<{name}>"
     text += f'\nextern "C" void emu_run(void** a, int* shape, int order) {{ emu::run({entry}, a, shape, order); }}\n'
     parts = {**source.headers, **STAND_INS, "cuda.h": HEADER.read_text(), "kernel.cpp": text}

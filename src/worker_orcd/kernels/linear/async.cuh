@@ -34,6 +34,10 @@ DEVICE void copy16(u32 shared, const void* from) {
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
+DEVICE void sync_some(int barrier, int threads) {  // of a block; __syncthreads is barrier 0
+  asm volatile("bar.sync %0,%1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Integers that were written before the kernel ahead began: they need not wait for it, but an L1 cache may hold what lay
 // there before them.
 DEVICE int fresh(const int* p) {

@@ -17,7 +17,7 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair
-from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
+from worker_orcd.kernels.ops.ops import Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
 
@@ -69,6 +69,7 @@ class Linear:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
+        self._begun = set[tuple[LinearPlan, Activation]]()  # those whose kernels are being compiled
 
     def __call__(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> Tensor:
         """An operand's image for `num_rows` rows → the sums of the slices, f32 [slices, T, N].
@@ -107,6 +108,36 @@ class Linear:
         self._gpu.launch(source, name, work, [*args, image, num_rows, image.shape[1]])
         return outs[0], outs[1]
 
+    def up(
+        self, image: Tensor, num_rows: int, matrix: TiledMatrix, bias: Tensor | None, kind: Activation
+    ) -> Tensor | None:
+        """The image of act(gate) · up, N / 2 columns, for a matrix of gate above up; `bias` [N].
+
+        None where that takes two launches: with few rows, and where slices leave partial sums. The same bits.
+        """
+        self._check(image, num_rows, matrix)
+        variant = matrix.plan.activated(matrix.plan.variant(num_rows, self._gpu.card), kind)
+        if variant is None or num_rows > MAX_ROWS:
+            return None
+        if (matrix.plan, kind) not in self._begun:  # others will come; to compile them then would hold up a step
+            self._begun.add((matrix.plan, kind))
+            for other in matrix.plan.variants(self._gpu.card):
+                if found := matrix.plan.activated(other, kind):
+                    self._gpu.compile_ahead(kernel_of(matrix.type, found)[0])
+        return self.activated(image, num_rows, matrix, bias, variant)
+
+    def activated(
+        self, image: Tensor, num_rows: int, matrix: TiledMatrix, bias: Tensor | None, variant: ManyTokens
+    ) -> Tensor:
+        """As `up`, by a variant that has an activation."""
+        if bias is not None:
+            self._gpu.require(bias)
+            if bias.shape != matrix.shape[:1]:
+                raise ValueError(f"a bias {tuple(bias.shape)} for {matrix.shape[0]} rows of a matrix")
+        out = image.new_empty(image_shape(num_rows, matrix.shape[0] // 2))
+        self._multiply(image, num_rows, matrix, variant, out, [bias])
+        return out
+
     def compile_ahead(self, matrix: TiledMatrix) -> None:
         """Begin to compile what `matrix` will need, on other threads."""
         for variant in matrix.plan.variants(self._gpu.card):
@@ -128,19 +159,25 @@ class Linear:
 
     def multiply(self, image: Tensor, matrix: TiledMatrix, variant: Variant, out: Tensor) -> None:
         """Write the slices' results [slices, T, N], or [1, T, N] where the variant adds them itself."""
-        n, depth = matrix.shape[0], matrix.tiles.shape[1]
-        num_rows, num_groups, slices = out.shape[1], image.shape[1], matrix.plan.slices
+        self._multiply(image, out.shape[1], matrix, variant, out, [])
+
+    def _multiply(
+        self, image: Tensor, num_rows: int, matrix: TiledMatrix, variant: Variant, out: Tensor, more: list[Argument]
+    ) -> None:
+        """`more` is what the variant's activation needs."""
+        n, depth, slices = matrix.shape[0], matrix.tiles.shape[1], matrix.plan.slices
         turns = -(-num_rows // (8 * variant.groups))
         source, name = kernel_of(matrix.type, variant)
         shared = matrix.plan.shared_bytes(variant)  # qmm's follows the longest slice
-        args: list[Argument] = [matrix.tiles, image, out, n, depth, num_rows, num_groups]
+        args: list[Argument] = [matrix.tiles, image, out, n, depth, num_rows, image.shape[1]]
         if isinstance(variant, FewTokens):
             most = max(1, variant.ctas * self._gpu.num_sms // (slices * turns))
             blocks = min(most, -(-matrix.tiles.shape[0] // variant.warps))
             self._gpu.launch(source, name, Work((blocks, slices, turns), variant.warps * 32, shared), args)
         else:
             grid = (-(-n // (64 * variant.warpgroups)), 1 if variant.sequential else slices, turns)
-            self._gpu.launch(source, name, Work(grid, variant.warpgroups * 128 + 128, shared), [*args, slices])
+            work = Work(grid, variant.warpgroups * 128 + 128, shared)
+            self._gpu.launch(source, name, work, [*args, slices, *more])
 
     def _check(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> None:
         shape = image_shape(num_rows, matrix.shape[1])
@@ -174,6 +211,8 @@ def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[
             CONSUMER_REGISTERS=consumer_registers(variant),
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         )
+        if variant.activation:
+            options += defined(ACTIVATION=variant.activation.upper())
         return Source("linear", "qgemm.cu", options, variant.tokens), "qgemm"
     options = defined(
         FORMAT=type.name,

@@ -6,10 +6,13 @@
 // grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
 // With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
-// With GROUPED as in qmm.cu, an owner for each TOKENS rows of x.
+// With GROUPED as in qmm.cu, an owner for each TOKENS rows of x. With ACTIVATION as in activated.cuh.
 #include "async.cuh"
 #include "weight.cuh"
 #include "wgmma.cuh"
+#ifdef ACTIVATION  // SEQUENTIAL and SHARED_SUMS are too
+#include "activated.cuh"
+#endif
 
 constexpr int PIECES = TOKENS <= 64 ? 2 : 1;  // where a piece takes the matrix unit little time, its barrier would be felt
 constexpr u32 PIECE_BYTES = TOKENS * 128, STAGE_BYTES = PIECES * PIECE_BYTES;
@@ -23,6 +26,9 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
       int S
 #if GROUPED
       , const int* __restrict__ owners
+#endif
+#ifdef ACTIVATION  // y is the image instead
+      , const float* __restrict__ bias
 #endif
 ) {
   extern __shared__ __align__(1024) char shared[];
@@ -60,7 +66,12 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    const int strips = (N + 15) / 16, strip = blockIdx.x * WARPGROUPS * 4 + warp;
+#ifdef ACTIVATION
+    const int strip = gated_strip(warp, N);
+#else
+    const int strip = blockIdx.x * WARPGROUPS * 4 + warp;
+#endif
+    const int strips = (N + 15) / 16;
     const int readable = strip < strips ? strip : strips - 1;  // warps past the end repeat the last and store nothing
     const char* src = w + ((u64)readable * nk + k0) * Weight::TILE_BYTES;
     Weight r[DEPTH];
@@ -131,6 +142,12 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
       }
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#ifdef ACTIVATION
+#if GROUPED
+    bias = bias ? bias + (u64)owner * N : bias;
+#endif
+    store_activated(sums - threadIdx.x, (u32*)y, bias, N / 2, T, T8);
+#else
     const int g = lane >> 2, quad = lane & 3;
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) {
@@ -143,5 +160,6 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
       int row = z * TOKENS + (i >> 2) * 8 + quad * 2 + (i & 1), col = strip * 16 + g + ((i >> 1) & 1) * 8;
       if (row < T && col < N) y[((u64)slice * T + row) * N + col] = v;
     }
+#endif
   }
 }

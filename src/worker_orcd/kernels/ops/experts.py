@@ -17,7 +17,7 @@ from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
 from worker_orcd.kernels.linear.plan import MULTIPROCESSORS, WARPS_PER_SM, FewTokens, LinearPlan, ManyTokens, Variant
-from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Ops, Part, rows_source
+from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape, rows_source
 from worker_orcd.kernels.source import Source
 from worker_orcd.quant.tiles import tile_bytes
 
@@ -115,7 +115,34 @@ class ExpertOps:
         self, image: Tensor, matrix: TiledMatrix, bias: Tensor | None, routing: Routing, how: Grouped | None = None
     ) -> Part:
         """Each place times the matrix of its expert; `bias` [E N]. A benchmark may say `how`."""
-        n, depth = matrix.shape[0], matrix.tiles.shape[1]
+        self._check(image, matrix, bias, routing)
+        how = how or self._choose(matrix, routing)
+        count = 1 if matrix.plan.is_whole(how.variant) else matrix.plan.slices
+        out = torch.empty(count, routing.num_places, matrix.shape[0], device=self._gpu.device)
+        self._launch(image, matrix, how, out, routing, [])
+        return Part(out, bias, routing.experts)
+
+    def up(
+        self, image: Tensor, matrix: TiledMatrix, bias: Tensor | None, routing: Routing, kind: Activation
+    ) -> Tensor | None:
+        """The image of act(gate) · up for the places; an expert's matrix is gate above up, `bias` [E N].
+
+        None where that takes two launches: with few rows. The same bits.
+        """
+        self._check(image, matrix, bias, routing)
+        self._begin(matrix, kind)
+        variant = matrix.plan.activated(self._variant(matrix, routing.unit), kind)
+        if variant is None:
+            return None
+        if bias is not None:
+            self._gpu.require(bias)
+        out = image.new_empty(image_shape(1, matrix.shape[0] // 2)[0], *image.shape[1:])
+        how = Grouped(variant, matrix.shape[0] // (64 * variant.warpgroups))
+        self._launch(image, matrix, how, out, routing, [bias])
+        return out
+
+    def _check(self, image: Tensor, matrix: TiledMatrix, bias: Tensor | None, routing: Routing) -> None:
+        n = matrix.shape[0]
         if image.shape[0] != -(-matrix.shape[1] // 256) * 4 or image.shape[1] * 8 < routing.num_places:
             raise ValueError(f"an image {tuple(image.shape)} for {routing.num_places} rows of {matrix.shape[1]}")
         if matrix.count != routing.num_experts or (bias is not None and bias.shape != (matrix.count * n,)):
@@ -125,11 +152,13 @@ class ExpertOps:
             )
         self._gpu.require(image, dtype=torch.bfloat16)
         self._gpu.require(matrix.tiles, dtype=torch.uint8)
-        variant, blocks = how or self._choose(matrix, routing)
+
+    def _launch(
+        self, image: Tensor, matrix: TiledMatrix, how: Grouped, out: Tensor, routing: Routing, more: list[Argument]
+    ) -> None:
+        """`more` is what the variant's activation needs."""
+        (n, _), (_, depth, _), (variant, blocks) = matrix.shape, matrix.tiles.shape, how
         slices, units, share = matrix.plan.slices, len(routing.owners), routing.unit // (8 * variant.groups)
-        out = torch.empty(
-            1 if matrix.plan.is_whole(variant) else slices, routing.num_places, n, device=self._gpu.device
-        )
         source, name = kernel_of(matrix.type, variant, grouped=True)
         args: list[Argument] = [matrix.tiles, image, out, n, depth, routing.num_places, image.shape[1]]
         shared = matrix.plan.shared_bytes(variant)
@@ -137,15 +166,22 @@ class ExpertOps:
             work = Work((blocks, slices, units * share), variant.warps * 32, shared)
             self._gpu.launch(source, name, work, [*args, routing.owners, share])
         else:
-            work = Work((blocks, len(out), units), variant.warpgroups * 128 + 128, shared)
-            self._gpu.launch(source, name, work, [*args, slices, routing.owners])
-        return Part(out, bias, routing.experts)
+            side_by_side = 1 if variant.sequential else slices
+            work = Work((blocks, side_by_side, units), variant.warpgroups * 128 + 128, shared)
+            self._gpu.launch(source, name, work, [*args, slices, routing.owners, *more])
+
+    def _begin(self, matrix: TiledMatrix, kind: str = "") -> None:
+        """Begin to compile for all units: they will come, and to compile them then would hold up a step."""
+        if matrix.plan in self._begun:
+            return
+        self._begun.add(matrix.plan)
+        for unit in UNITS[self._gpu.card.has_wgmma]:
+            variant = self._variant(matrix, unit)
+            found = matrix.plan.activated(variant, kind) if kind else None
+            self._gpu.compile_ahead(kernel_of(matrix.type, found or variant, grouped=True)[0])
 
     def _choose(self, matrix: TiledMatrix, routing: Routing) -> Grouped:
-        if matrix.plan not in self._begun:  # the other units will come; to compile them then would hold up a step
-            self._begun.add(matrix.plan)
-            for unit in UNITS[self._gpu.card.has_wgmma]:
-                self._gpu.compile_ahead(kernel_of(matrix.type, self._variant(matrix, unit), grouped=True)[0])
+        self._begin(matrix)
         variant, strips = self._variant(matrix, routing.unit), -(-matrix.shape[0] // 16)
         if isinstance(variant, ManyTokens):
             return Grouped(variant, -(-strips // (4 * variant.warpgroups)))

@@ -1,0 +1,189 @@
+"""act(gate) · up at the end of the matmul: bit for bit what the matmul and the activation by itself give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.conftest import NO_COMPILER, NO_GPU
+from tests.kernels.emulator.gpu import EmulatedGpu
+from tests.kernels.weights import random_raw
+from worker_orcd.backends.base import Experts, Operand
+from worker_orcd.backends.cuda import CudaBackend
+from worker_orcd.gguf.types import GgmlType
+from worker_orcd.kernels.driver import Argument
+from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
+from worker_orcd.kernels.linear.plan import ManyTokens, plan_linear
+from worker_orcd.kernels.ops.experts import ExpertOps
+from worker_orcd.kernels.ops.ops import Activation, Ops, Part
+from worker_orcd.kernels.source import Source
+from worker_orcd.quant.repack import pack
+
+Q4_K, Q8_0, MXFP4 = GgmlType.Q4_K, GgmlType.Q8_0, GgmlType.MXFP4
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("emulated", marks=NO_COMPILER),
+        pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]),
+    ],
+)
+def hopper(request: pytest.FixtureRequest) -> Gpu:
+    if request.param == "emulated":
+        return EmulatedGpu(shared_bytes=227 * 1024, has_wgmma=True)
+    gpu = Gpu(torch.device("cuda", 0))
+    if not gpu.card.has_wgmma:
+        pytest.skip("this GPU has no wgmma")
+    return gpu
+
+
+def matrix_of(gpu: Gpu, kind: GgmlType, shape: tuple[int, int], slices: int, count: int = 1) -> TiledMatrix:
+    n, k = shape
+    raw = random_raw(kind, n * count, k, str(gpu.device))
+    whole = tiled(pack(raw, kind, (n * count, k)), kind, shape, count)
+    return replace(whole, plan=plan_linear(n, k, kind, slices))
+
+
+def random(gpu: Gpu, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1])).to(gpu.device)
+
+
+def rows_of(image: Tensor, rows: Tensor) -> Tensor:
+    """Those of an image as they lie there, padding and all."""
+    return image.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[rows].view(torch.int16)
+
+
+def variant_of(tokens: int, warpgroups: int = 2, sequential: bool = True) -> ManyTokens:
+    return ManyTokens(tokens, warpgroups, 2, 3, sequential)
+
+
+CASES = [  # format, F, K, slices, rows, tokens of a block, warpgroups, activation
+    (Q4_K, 192, 512, 2, 17, 32, 2, "silu"),
+    (Q4_K, 384, 1024, 3, 33, 32, 4, "silu"),
+    (Q4_K, 256, 512, 2, 256, 256, 2, "gelu_tanh"),
+    (Q4_K, 64, 256, 1, 300, 256, 2, "gelu"),
+    (MXFP4, 320, 384, 3, 100, 128, 2, "clamped"),
+    (MXFP4, 192, 160, 1, 65, 24, 2, "clamped"),
+    (Q8_0, 448, 256, 2, 64, 64, 2, "silu"),
+]
+
+
+@pytest.mark.parametrize(("kind", "f", "k", "slices", "num_rows", "tokens", "warpgroups", "activation"), CASES)
+def test_the_bits_of_two_launches(
+    kind: GgmlType, f: int, k: int, slices: int, num_rows: int, tokens: int, warpgroups: int, activation: Activation,
+    hopper: Gpu,
+) -> None:  # fmt: skip
+    """The sums come from few rows at a time, where no wgmma is."""
+    linear, ops = Linear(hopper), Ops(hopper)
+    matrix, x = matrix_of(hopper, kind, (2 * f, k), slices), random(hopper, num_rows, k)
+    few = [linear(ops.to_image(x[i : i + 16]), len(x[i : i + 16]), matrix) for i in range(0, num_rows, 16)]
+    variant = matrix.plan.activated(variant_of(tokens, warpgroups, sequential=slices > 1), activation)
+    assert variant is not None
+    for bias in (None, random(hopper, 2 * f)):
+        expected = ops.activate([Part(torch.cat(few, 1), bias)], f, activation)
+        found = linear.activated(ops.to_image(x), num_rows, matrix, bias, variant)
+        assert found.shape == expected.shape
+        rows = torch.arange(num_rows)
+        assert torch.equal(rows_of(found, rows), rows_of(expected, rows))
+
+
+def crowded(gpu: Gpu, num_rows: int) -> Part:
+    """Scores by which expert 0 has every row, expert 2 none, and the others some."""
+    scores = random(gpu, 1, num_rows, 5)
+    scores[..., 0], scores[..., 2] = 9.0, -9.0
+    return Part(scores)
+
+
+@pytest.mark.parametrize(("kind", "slices", "unit"), [(MXFP4, 3, 24), (MXFP4, 3, 48), (Q4_K, 1, 32)])
+def test_experts_have_the_bits_of_two_launches(kind: GgmlType, slices: int, unit: int, hopper: Gpu) -> None:
+    ops, (f, k, num_rows) = Ops(hopper), (192, 512, 70)
+    experts = ExpertOps(hopper, ops)
+    routing = experts.route([crowded(hopper, num_rows)], 5, 2, True, unit=unit)
+    assert (routing.owners == 0).sum() == -(-num_rows // unit)
+    assert (routing.owners != 2).all()
+    matrix, bias = matrix_of(hopper, kind, (2 * f, k), slices, 5), random(hopper, 5 * 2 * f)
+    spread = experts.spread(ops.to_image(random(hopper, num_rows, k)), routing)
+    for given in (None, bias):
+        sums = experts.multiply(spread, matrix, given, routing)
+        expected = ops.activate([sums], f, "clamped", places=routing.places)
+        found = experts.up(spread, matrix, given, routing, "clamped")
+        assert found is not None
+        rows = routing.places.long()
+        assert torch.equal(rows_of(found, rows), rows_of(expected, rows))
+
+
+def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched from now on."""
+    launched: list[str] = []
+    launch = gpu.launch
+
+    def watched(source: Source, name: str, work: Work, args: Sequence[Argument]) -> None:
+        launched.append(name)
+        launch(source, name, work, args)
+
+    monkeypatch.setattr(gpu, "launch", watched)
+    return launched
+
+
+def test_a_backend_takes_one_launch_where_it_can(hopper: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CudaBackend(hopper.device, hopper)
+    raws = [random_raw(Q4_K, 192, 256, str(hopper.device), seed=seed) for seed in (0, 1)]
+    gate, up = (backend.pack(raw, Q4_K, (192, 256)) for raw in raws)
+    joined = backend.join([gate, up])
+    assert joined is not None
+    x, rows = random(hopper, 40, 256), torch.arange(40)
+    launched = watch(hopper, monkeypatch)
+
+    def found(rows: Tensor, *weights: object) -> Tensor:
+        operand = Operand(backend._ops.to_image(rows), *rows.shape)
+        launched.clear()
+        given = backend.up(operand, tuple((weight, None) for weight in weights), "silu")  # type: ignore[misc]
+        assert (given.num_rows, given.width) == (len(rows), 192)
+        return given.data
+
+    whole = rows_of(found(x, joined), rows)
+    assert launched == ["qgemm"]
+    assert torch.equal(rows_of(found(x, gate, up), rows), whole)
+    assert torch.equal(rows_of(found(x[:5], joined), rows[:5]), whole[:5])
+    assert launched == ["qmm", "activate"]
+
+
+def test_experts_of_a_backend_take_one_launch_where_they_can(hopper: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CudaBackend(hopper.device, hopper)
+
+    def weight(n: int, k: int) -> object:
+        return backend.pack(random_raw(MXFP4, n, k, str(hopper.device), seed=n), MXFP4, (n, k))
+
+    gate, up = weight(3 * 64, 128), weight(3 * 64, 128)
+    router, joined, down = weight(3, 128), backend.join([gate, up], 3), weight(3 * 128, 64)  # type: ignore[list-item]
+    given = ((gate, None), (up, None)), ((joined, None),)
+    x = random(hopper, 60, 128)
+    launched, found = watch(hopper, monkeypatch), []
+    for gate_up in given:
+        experts = Experts(3, 2, True, ((router, None),), gate_up, ((down, None),), "clamped")  # type: ignore[arg-type]
+        launched.clear()
+        found.append(backend.total(backend.experts(Operand(backend._ops.to_image(x), *x.shape), experts)))
+        assert launched.count("activate") == (gate_up is given[0])
+    assert torch.equal(*found)
+
+
+def test_what_takes_two_launches(hopper: Gpu) -> None:
+    plan = plan_linear(384, 512, Q4_K, 2)
+    assert plan.activated(plan.variant(16, hopper.card), "silu") is None, "few rows"
+    assert plan.activated(variant_of(64, sequential=False), "silu") is None, "partial sums"
+    assert plan.activated(variant_of(64, 1), "silu") is None, "no half"
+    assert plan.activated(variant_of(32, 4), "silu") is None, "192 columns, where a block has 128"
+    assert plan_linear(416, 512, Q4_K, 2).activated(variant_of(64), "silu") is None, "208 columns"
+
+
+def test_a_bias_of_another_length_is_refused(hopper: Gpu) -> None:
+    matrix = matrix_of(hopper, Q4_K, (384, 256), 1)
+    image = Ops(hopper).to_image(random(hopper, 20, 256))
+    with pytest.raises(ValueError, match=r"bias \(192,\) for 384 rows"):
+        Linear(hopper).up(image, 20, matrix, random(hopper, 192), "silu")
