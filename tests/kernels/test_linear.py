@@ -175,6 +175,9 @@ def test_a_pair_fills_the_card_once(n: tuple[int, int], k: int, num_rows: int) -
     plans = plan_linear(n[0], k, GgmlType.Q4_K), plan_linear(n[1], k, GgmlType.Q6_K)
     for first, second in (plans, plans[::-1]):
         pair = plan_pair(first, second, num_rows, Card(True, 227 * 1024), 132)
+        if (n[0], num_rows) == (14336, 16):  # which wgmma takes, each on its own
+            assert pair is None
+            continue
         assert pair is not None
         assert pair.shared_bytes >= max(map(first.shared_bytes, pair.variants))
         assert pair.shared_bytes >= max(map(second.shared_bytes, pair.variants))

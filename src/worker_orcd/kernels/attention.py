@@ -309,7 +309,7 @@ def decode_launch(form: Form, num_seqs: int, max_splits: int, itemsize: int = 2)
     num_parts = max(1, min(max_splits, PROGRAMS // (num_seqs * form.num_kv_heads)))
     programs, is_narrow = num_seqs * form.num_kv_heads * num_parts, form.head_dim <= 128
     if programs > PROGRAMS:
-        return Launch(rows, 2 if is_narrow else 4, 3, num_parts)
+        return Launch(rows, 2 if is_narrow else 4, 3, num_parts, ahead=AHEAD // 4)
     if programs > PROGRAMS // 2:
         return Launch(rows, 4, 3, num_parts, 128 if is_narrow and rows == DECODE_ROWS else None, AHEAD // 4)
     fits = rows <= 2 * DECODE_ROWS and itemsize <= 2  # two more tiles in the 99 KiB that the smaller GPUs have

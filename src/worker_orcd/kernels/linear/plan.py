@@ -19,7 +19,7 @@ MORE_WARPS_PER_SM = 20  # with 96
 MOST_WARPS_PER_SM = 28  # with 72
 MAX_DIMENSION = 2**31 - 256  # rounded up to whole tiles it is still an int
 LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
-FEW_TOKENS = 16  # up to here mma.sync is at least as fast as wgmma
+FEW_TOKENS = 16  # up to here mma.sync is as fast as wgmma for most matrices, up to 8 for all
 SHORT_K = 8192  # inputs
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 224 * 1024  # bytes, of which blocks of a wide matrix take a part each
@@ -106,6 +106,8 @@ class LinearPlan:
     def variant(self, num_tokens: int, card: Card) -> Variant:
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)
+        if card.has_wgmma and num_tokens > 8 and (sixteen := self._sixteen()):
+            return sixteen
         groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
         while groups > 1 and self.shared_bytes(self._few(groups)) > card.shared_bytes:
             groups //= 2
@@ -138,6 +140,16 @@ class LinearPlan:
         if groups == 2 and words <= 18 and 2 * self.shared_bytes(FewTokens(2, 8, 2, 2, early=False)) <= SHARED_PER_SM:
             return FewTokens(2, 8, 2, 2, early=TILE_K[self.type] == 128)
         return FewTokens(groups, 16, deep, 1, early=groups == 1 and TILE_K[self.type] == 128)
+
+    def _sixteen(self) -> ManyTokens | None:
+        """For up to 16 tokens, where wgmma is faster: slices in turn save partial sums, long ones hide its start."""
+        words = tile_bytes(self.type) // 128
+        if words <= 18 and self._is_sequential(16, 16):
+            is_wave = self._blocks(16, 16) <= MULTIPROCESSORS
+            return ManyTokens(16, 2, 3, 4, True) if is_wave else ManyTokens(16, 4, 2, 8, True)
+        if words < 32 and self.slices > 1 and self.shape[1] > SHORT_K:
+            return ManyTokens(16, 1, 2, 8, False, 4) if words <= 18 else ManyTokens(16, 4, 2, 8, False)
+        return None
 
     def _many(self, num_tokens: int) -> ManyTokens:
         words = tile_bytes(self.type) // 128
@@ -215,8 +227,8 @@ def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, 
     if not 0 < num_rows <= FEW_TOKENS:
         return None
     one, two = first.variant(num_rows, card), second.variant(num_rows, card)
-    assert isinstance(one, FewTokens)
-    assert isinstance(two, FewTokens)
+    if not isinstance(one, FewTokens) or not isinstance(two, FewTokens):
+        return None
     if (one.groups, one.warps * one.ctas) != (two.groups, two.warps * two.ctas):
         return None
     one = replace(one, early=one.early and two.early)

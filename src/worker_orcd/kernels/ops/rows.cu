@@ -339,36 +339,50 @@ route_and_arrange(const __grid_constant__ Sums scores, int* chosen, float* weigh
   arrange_pairs(chosen, places, experts, owners, T * USED, units, unit);
 }
 
-// Copy each row's image to the places of its pairs, 16 bytes a thread. grid (ceil(units of a row / 64), pairs)
-// The next kernel starts when this one has waited, so whatever comes after it finds the owners of the units complete.
+// Copy each row's image to the places of its pairs, AHEAD times 16 bytes a thread. grid (ceil(units of a row / 64 AHEAD),
+// pairs). The next kernel starts when this one has waited, so whatever comes after it finds the owners of the units and
+// all else about places complete.
+#ifdef AHEAD
 extern "C" __global__ void __launch_bounds__(64)
 spread(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8, int P8) {
   await_previous_kernel();
   start_next_kernel();
-  const int i = blockIdx.x * 64 + threadIdx.x, t = blockIdx.y / USED, p = places[blockIdx.y];
-  if (i >= units) return;
-  const u64 piece = i >> 3, u = i & 7;
-  to[((piece * P8 + (p >> 3)) * 8 + (p & 7)) * 8 + (u ^ (p & 7))] =
-      from[((piece * T8 + (t >> 3)) * 8 + (t & 7)) * 8 + (u ^ (t & 7))];
+  const int first = blockIdx.x * 64 * AHEAD + threadIdx.x, t = blockIdx.y / USED, p = places[blockIdx.y];
+  uint4 v[AHEAD];
+#pragma unroll
+  for (int n = 0; n < AHEAD; n++) {
+    const int i = first + n * 64, u = i & 7;
+    if (i < units) v[n] = from[(((u64)(i >> 3) * T8 + (t >> 3)) * 8 + (t & 7)) * 8 + (u ^ (t & 7))];
+  }
+#pragma unroll
+  for (int n = 0; n < AHEAD; n++) {
+    const int i = first + n * 64, u = i & 7;
+    if (i < units) to[(((u64)(i >> 3) * P8 + (p >> 3)) * 8 + (p & 7)) * 8 + (u ^ (p & 7))] = v[n];
+  }
 }
+#endif
 
 // y[t][n] = sum over slots, in order, of weight times what the expert gave. grid (ceil(N / 256), T), 64 threads
 extern "C" __global__ void __launch_bounds__(64)
 combine(const __grid_constant__ Part given, const int* __restrict__ places, const float* __restrict__ weights,
         float* __restrict__ y, int P) {
   start_next_kernel();
-  await_previous_kernel();
   const int n = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
   if (n >= given.width) return;
   Column<float4> columns[USED];
   float4 found[USED], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  float by[USED];
 #pragma unroll
-  for (int slot = 0; slot < USED; slot++) columns[slot] = column<float4>(given, P, places[t * USED + slot], n);
+  for (int slot = 0; slot < USED; slot++) {  // where, and how much: known since `spread`
+    columns[slot] = column<float4>(given, P, fresh(places + t * USED + slot), n);
+    by[slot] = __int_as_float(fresh((const int*)weights + t * USED + slot));
+  }
+  await_previous_kernel();
   add_up<USED <= 4 ? 3 : 1>(columns, found);
 #pragma unroll
   for (int slot = 0; slot < USED; slot++) {
     const float4 v = found[slot];
-    const float w = weights[t * USED + slot];
+    const float w = by[slot];
     sum = make_float4(__fadd_rn(sum.x, __fmul_rn(w, v.x)), __fadd_rn(sum.y, __fmul_rn(w, v.y)),
                       __fadd_rn(sum.z, __fmul_rn(w, v.z)), __fadd_rn(sum.w, __fmul_rn(w, v.w)));
   }
