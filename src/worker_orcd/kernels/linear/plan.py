@@ -21,6 +21,7 @@ MAX_DIMENSION = 2**31 - 256  # rounded up to whole tiles it is still an int
 LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
 FEW_TOKENS = 16  # up to here mma.sync is as fast as wgmma for most matrices, up to 8 for all
 SHORT_K = 8192  # inputs
+WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 224 * 1024  # bytes, of which blocks of a wide matrix take a part each
 SAMPLE_TOKENS = (1, 16, *(2**i for i in range(5, 16)))  # numbers of tokens that meet every variant of a plan
@@ -193,14 +194,16 @@ def plan_linear(n: int, k: int, type: GgmlType, slices: int | None = None) -> Li
 def choose_slices(n: int, k: int, type: GgmlType) -> int:
     """About WARPS_PER_SM strips in flight, an even cut where one is near, no slice beyond LONGEST_SLICE.
 
-    A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one.
+    A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one. One of
+    WIDE_STRIPS and more keeps two wide tiles in a slice: their partial sums cost more than the warps bring.
     """
     strips, depth = tile_grid(type, (n, k))
     fewest = -(-depth * TILE_K[type] // LONGEST_SLICE)
     wanted = max(1, WARPS_PER_SM * MULTIPROCESSORS // strips)
     if wanted == 1 and 2 * strips <= MOST_WARPS_PER_SM * MULTIPROCESSORS:
         wanted = 2
-    wanted = min(depth, max(wanted, fewest))
+    most = depth // 2 if depth > 1 and TILE_K[type] == 256 and strips >= WIDE_STRIPS else depth
+    wanted = max(fewest, min(most, wanted))
     even = [s for s in range(max(fewest, -(-wanted // 2)), wanted + 1) if depth % s == 0]
     return even[-1] if even else wanted
 
