@@ -36,6 +36,7 @@ from torch import Tensor
 
 from worker_orcd.assemble import _adapter
 from worker_orcd.backends.base import Backend, Experts, Operand, PackedWeight, Projection, Sums
+from worker_orcd.backends.batch import token_ids
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.backends.torch_ref import TorchBackend, dequantize
 from worker_orcd.commands.bench import synthetic_model
@@ -67,8 +68,8 @@ class Reference(TorchBackend):
     def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
         return PackedWeight(type, shape, (raw.view(shape[0], -1),))
 
-    def embed(self, tokens: Tensor, table: PackedWeight) -> Tensor:
-        rows = table.parts[0][tokens].flatten()
+    def embed(self, tokens: Tensor, table: PackedWeight, sampled: Tensor | None = None) -> Tensor:
+        rows = table.parts[0][token_ids(tokens, sampled)].flatten()
         return dequantize(rows, table.type).view(len(tokens), table.shape[1])
 
     def _product(self, x: Tensor, weight: PackedWeight) -> Tensor:

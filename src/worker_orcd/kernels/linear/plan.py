@@ -194,8 +194,8 @@ def plan_linear(n: int, k: int, type: GgmlType, slices: int | None = None) -> Li
 def choose_slices(n: int, k: int, type: GgmlType) -> int:
     """About WARPS_PER_SM strips in flight, an even cut where one is near, no slice beyond LONGEST_SLICE.
 
-    A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one. One of
-    WIDE_STRIPS and more keeps two wide tiles in a slice: their partial sums cost more than the warps bring.
+    A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one. One
+    of WIDE_STRIPS and more keeps two wide tiles in a slice: their partial sums cost more than the warps bring.
     """
     strips, depth = tile_grid(type, (n, k))
     fewest = -(-depth * TILE_K[type] // LONGEST_SLICE)
