@@ -26,7 +26,7 @@ import triton.language as tl  # noqa: E402
 
 from tests.kernels.test_ops import rows_of  # noqa: E402
 from worker_orcd.kernels import attention as kernels  # noqa: E402
-from worker_orcd.kernels import attention_kernels  # noqa: E402
+from worker_orcd.kernels import attention_rotation  # noqa: E402
 from worker_orcd.kernels.attention import (  # noqa: E402
     Call,
     Form,
@@ -412,13 +412,13 @@ def mark(pointers, mask):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def fetch_ahead(k, v, table, low, high):  # type: ignore[no-untyped-def]
-    attention_kernels._fetch_ahead(k, v, table, low, high, 96, 16, 64)
+    attention_rotation.fetch_ahead(k, v, table, low, high, 96, 16, 64)
 
 
 @on_cpu
 def test_what_is_asked_for_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first 64 of positions 16 … 99: a number in each line of their keys and values, and of no others."""
-    monkeypatch.setattr(attention_kernels, "_prefetch", mark)
+    monkeypatch.setattr(attention_rotation, "_prefetch", mark)
     k, v, table = torch.zeros(9, 16, 2, 96), torch.zeros(9, 16, 2, 96), torch.tensor([3, 8, 1, 7, 2, 5, 0])
     for high, count in ((100, 64), (30, 14), (16, 0)):
         k.zero_(), v.zero_()

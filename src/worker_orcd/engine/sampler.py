@@ -259,16 +259,14 @@ class Sampler:
     ) -> Choice:
         """For every sequence the token after its logits [R, V]; those of one program are sampled together.
 
-        The kernel writes to `place` i64 if all rows are its own: then nobody here reads `last_sampled`, which may be
-        there.
+        The kernel writes to `place` i64 if all rows are its own; nobody here then reads `last_sampled`, perhaps there.
         """
         if rows != self._rows:
             self._groups, self._order = self._grouped(rows, logits.device)
             self._rows = rows
-        place = place if self._order is None else None
-        choices = [self._choose(logits, group, last_sampled, place) for group in self._groups]
         if self._order is None:
-            return choices[0]
+            return self._choose(logits, self._groups[0], last_sampled, place)
+        choices = [self._choose(logits, group, last_sampled, None) for group in self._groups]
         surprises = [c.ids.double() if c.surprise is None else c.surprise for c in choices]
         has_surprise = any(choice.surprise is not None for choice in choices)
         both = torch.cat([choice.both for choice in choices], 1).index_select(1, self._order)

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from worker_orcd.kernels.attention_kernels import (
     LOG2_E,
-    MOST_SLICES,
     SPLIT,
     decode_kernel,
     fold_kernel,
     prompt_kernel,
 )
+from worker_orcd.kernels.attention_rotation import MOST_SLICES
 from worker_orcd.kernels.driver import divide_l1
 
 DECODE_ROWS = 16  # the fewest rows of a tensor core product
