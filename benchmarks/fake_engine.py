@@ -43,7 +43,7 @@ class FakeAdapter:
     """In place of a model: one number a row, which nobody looks at."""
 
     def forward(self, batch: Batch, kv: list[Any]) -> Tensor:  # noqa: ARG002 - as ModelAdapter has it
-        return torch.zeros(len(batch.sample_rows), 1)
+        return torch.zeros(len(batch.tokens if batch.sample_rows is None else batch.sample_rows), 1)
 
 
 class FakeSampler(Sampler):
@@ -57,9 +57,11 @@ class FakeSampler(Sampler):
         return tokens, torch.ones(len(tokens), dtype=torch.bool)
 
 
-def fake_kernel(logits: Tensor, table: Tensor) -> Tensor:  # noqa: ARG001 - as SampleKernel has it
+def fake_kernel(logits: Tensor, table: Tensor, place: Tensor | None, is_greedy: bool) -> Tensor:  # noqa: ARG001
+    """As SampleKernel has it."""
     tokens = letters(table[5])
-    return torch.stack([tokens, torch.ones_like(tokens)])
+    found = torch.stack([tokens, torch.ones_like(tokens)])
+    return found if place is None else place[: found.numel()].view(found.shape).copy_(found)
 
 
 def letters(draws: Tensor) -> Tensor:

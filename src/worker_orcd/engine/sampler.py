@@ -259,7 +259,7 @@ class Sampler:
     ) -> Choice:
         """For every sequence the token after its logits [R, V]; those of one program are sampled together.
 
-        The kernel writes to `place` i64 if all rows are its own; nobody here then reads `last_sampled`, perhaps there.
+        The kernel writes to `place` i64 if all rows are its own; nobody then reads `last_sampled`, perhaps there.
         """
         if rows != self._rows:
             self._groups, self._order = self._grouped(rows, logits.device)
