@@ -32,7 +32,6 @@ from worker_orcd.kernels.attention import (  # noqa: E402
     Form,
     Launch,
     Pages,
-    Sum,
     Unrotated,
     attend,
     store_and_attend,
@@ -322,7 +321,7 @@ def unrotated(form: Form, sums: Sums, num_rows: int, context: int) -> tuple[list
         bias = torch.randn(width * form.head_dim, generator=g).to(DEVICE) if sums.has_bias else None
         parts.append(Part(slices, bias))
     angles = 7 * torch.rand(context, sums.pairs, generator=g).to(DEVICE)
-    found = kernels.cut([Sum(*part[:2]) for part in parts], form)
+    found = kernels.cut(parts, form)
     assert found is not None
     return parts, Unrotated(*found, angles.cos(), angles.sin(), sums.is_interleaved)
 
@@ -387,9 +386,9 @@ def test_sums_that_cannot_be_right() -> None:
     pages, (_, made_of) = pages_of(world, [(0, 4, 5)]), unrotated(SMALL, Sums((8,), (2,), True, 8), 1, 5)
     for wrong, message in [
         (replace(made_of, q=made_of.k), r"sums \(2, 1, 32\) for 1 rows of 64"),
-        (replace(made_of, v=replace(made_of.v, slices=made_of.v.slices.transpose(0, 1))), "sums"),
-        (replace(made_of, v=replace(made_of.v, slices=made_of.v.slices.half())), "float32"),
-        (replace(made_of, v=replace(made_of.v, bias=None)), "biases of only some"),
+        (replace(made_of, v=made_of.v._replace(slices=made_of.v.slices.transpose(0, 1))), "sums"),
+        (replace(made_of, v=made_of.v._replace(slices=made_of.v.slices.half())), "float32"),
+        (replace(made_of, v=made_of.v._replace(bias=None)), "biases of only some"),
         (replace(made_of, sin=made_of.sin[:, 1:]), "tables"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -401,8 +400,8 @@ def test_sums_that_cannot_be_right() -> None:
 def test_sums_that_are_cut_elsewhere_are_not_taken() -> None:
     form = Form(4, 2, 16, 0.25)
     for widths in ((2, 6), (5, 3), (4, 3, 1)):
-        assert kernels.cut([Sum(torch.zeros(1, 1, n * 16), None) for n in widths], form) is None
-    mixed = [Sum(torch.zeros(1, 1, 96), torch.zeros(96)), Sum(torch.zeros(1, 1, 32), None)]
+        assert kernels.cut([Part(torch.zeros(1, 1, n * 16), None) for n in widths], form) is None
+    mixed = [Part(torch.zeros(1, 1, 96), torch.zeros(96)), Part(torch.zeros(1, 1, 32), None)]
     assert kernels.cut(mixed, form) is None
 
 

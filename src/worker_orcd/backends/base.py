@@ -132,6 +132,7 @@ class AttnSpec:
     window: int = 0  # a query sees the last `window` positions, its own included; 0: all of them
     soft_cap: float = 0.0  # scores become cap · tanh(score / cap); 0: they do not
     sinks: Tensor | None = None  # f32 [Hq], a logit that takes part in the softmax and has no value
+    query_scales: Tensor | None = None  # f32 [context, 1, 1], a factor of the rotated queries at each position
 
 
 @dataclass(frozen=True)
@@ -210,14 +211,10 @@ class Backend(Protocol):
         """As `add`, and that as `norm`. `x` may be overwritten."""
         ...
 
-    def attend(
-        self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch,
-        query_scales: Tensor | None = None,
-    ) -> Operand:  # fmt: skip
+    def attend(self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch) -> Operand:
         """Rotate q and k (arXiv:2104.09864), store k and v; causal softmax(q·kᵀ·scale)·v over the cached context.
 
-        [T, (Hq + 2 Hk) D] → [T, Hq D], heads side by side. query_scales f32 [context, 1, 1]: a factor of the rotated
-        queries at each position.
+        [T, (Hq + 2 Hk) D] → [T, Hq D], heads side by side.
         """
         ...
 

@@ -33,7 +33,6 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.attention import (
     Form,
     Pages,
-    Sum,
     Unrotated,
     attend,
     can_rotate,
@@ -141,19 +140,16 @@ class CudaBackend:
             return self.add(x, y, after, scale), self.norm(x, None)
         return x, _operand(self._ops.add_norm(x, _part(y), _norm(norm), _norm(after), scale), *x.shape)
 
-    def attend(
-        self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch,
-        query_scales: Tensor | None = None,
-    ) -> Operand:  # fmt: skip
+    def attend(self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch) -> Operand:
         """In steps where every sequence has one row, one kernel does what it can; else rotation is another."""
-        made_of = _unrotated(qkv, heads, rope, spec, batch) if query_scales is None else None
+        made_of = _unrotated(qkv, heads, rope, spec, batch)
         if made_of is not None:
             image = self._ops.image(len(batch.slots), spec.num_heads * spec.head_dim)
             store_and_attend(made_of, kv.k, kv.v, _pages(batch.attn), _form(spec), spec.sinks, image)
             return _operand(image, len(batch.slots), spec.num_heads * spec.head_dim)
         q = self._rope_and_store(qkv, heads, kv, batch, rope)
-        if query_scales is not None:
-            q = q * query_scales[batch.attn.positions]
+        if spec.query_scales is not None:
+            q = q * spec.query_scales[batch.attn.positions]
         return self._attention(q, kv, batch.attn, spec)
 
     def _rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:
@@ -229,9 +225,10 @@ def _matrix(weight: base.PackedWeight) -> TiledMatrix:
 def _unrotated(qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, batch: Batch) -> Unrotated | None:
     """What attention of single rows can add up, rotate and store itself."""
     form, is_decode = _form(spec), len(batch.slots) == len(batch.attn.context_lens)  # a sequence has at least one row
-    if not (is_decode and can_rotate(form) and heads.q_norm is None and heads.k_norm is None):
+    has_more = any(x is not None for x in (heads.q_norm, heads.k_norm, spec.query_scales))
+    if has_more or not (is_decode and can_rotate(form)):
         return None
-    sums = cut([Sum(part.slices, part.bias) for part in qkv], form)
+    sums = cut(_parts(qkv), form)
     return None if sums is None else Unrotated(*sums, rope.cos, rope.sin, rope.style == "interleaved")
 
 

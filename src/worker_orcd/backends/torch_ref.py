@@ -107,13 +107,10 @@ class TorchBackend:
         x = self.add(x, y, after, scale)
         return x, self.norm(x, norm)
 
-    def attend(
-        self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch,
-        query_scales: Tensor | None = None,
-    ) -> Operand:  # fmt: skip
+    def attend(self, qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, kv: LayerKV, batch: Batch) -> Operand:
         q = self.rope_and_store(qkv, heads, kv, batch, rope)
-        if query_scales is not None:
-            q = q * query_scales[batch.attn.positions]
+        if spec.query_scales is not None:
+            q = q * spec.query_scales[batch.attn.positions]
         return _operand(self._attention(q, kv, batch.attn, spec).flatten(1))
 
     def rope_and_store(self, qkv: Sums, heads: Heads, kv: LayerKV, batch: Batch, rope: Rope) -> Tensor:

@@ -30,7 +30,6 @@ from worker_orcd.engine.sequence import Sequence
 
 MIN_PENALTY = 1e-6  # a repetition penalty of 0 is legal; it divides
 ROW_TILE = 8  # rows worked on at once: bounds the float64 and int64 copies of the logits
-
 KERNEL: Program = ("kernel",)  # the rows that one kernel of the backend samples
 
 

@@ -27,15 +27,10 @@ import torch
 import triton
 from torch import Tensor
 
-from worker_orcd.kernels.attention_kernels import (
-    LOG2_E,
-    SPLIT,
-    decode_kernel,
-    fold_kernel,
-    prompt_kernel,
-)
+from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, decode_kernel, fold_kernel, prompt_kernel
 from worker_orcd.kernels.attention_rotation import MOST_SLICES
 from worker_orcd.kernels.driver import divide_l1
+from worker_orcd.kernels.ops.ops import Part
 
 DECODE_ROWS = 16  # the fewest rows of a tensor core product
 UNROLL = 8  # partials loaded at once when they are folded
@@ -74,26 +69,21 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """Numbers of T rows not yet added up: the slices in their order, then the bias."""
-
-    slices: Tensor  # f32 [slices, T, N], columns of a contiguous tensor
-    bias: Tensor | None  # f32 [N]
-
-
-@dataclass(frozen=True)
 class Unrotated:
-    """What q, k and v are made of, for steps in which every sequence has one row: its last position."""
+    """What q, k and v are made of, for steps in which every sequence has one row: its last position.
 
-    q: Sum
-    k: Sum
-    v: Sum
+    Slices may be columns of a contiguous tensor.
+    """
+
+    q: Part
+    k: Part
+    v: Part
     cos: Tensor  # f32 [context, pairs]: row p holds the angles of position p
     sin: Tensor
     is_interleaved: bool  # pairs are (2i, 2i + 1), not (i, i + pairs)
 
     @property
-    def sums(self) -> tuple[Sum, Sum, Sum]:
+    def sums(self) -> tuple[Part, Part, Part]:
         return self.q, self.k, self.v
 
     @property
@@ -161,7 +151,7 @@ def store_and_attend(
     return out
 
 
-def cut(parts: Sequence[Sum], form: Form) -> tuple[Sum, Sum, Sum] | None:
+def cut(parts: Sequence[Part], form: Form) -> tuple[Part, Part, Part] | None:
     """The sums of q, k and v, which stand side by side in one to three parts.
 
     None when a part ends within one of them, or has a bias and another none.
@@ -171,8 +161,8 @@ def cut(parts: Sequence[Sum], form: Form) -> tuple[Sum, Sum, Sum] | None:
         width, (slices, bias) = heads * form.head_dim, (rest[0].slices, rest[0].bias)
         if slices.shape[2] < width or (bias is None) != (parts[0].bias is None):
             return None
-        found.append(Sum(slices[:, :, :width], None if bias is None else bias[:width]))
-        rest[:1] = [Sum(slices[:, :, width:], None if bias is None else bias[width:])]
+        found.append(Part(slices[:, :, :width], None if bias is None else bias[:width]))
+        rest[:1] = [Part(slices[:, :, width:], None if bias is None else bias[width:])]
         if slices.shape[2] == width:
             del rest[0]
     return found[0], found[1], found[2]

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -14,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from worker_orcd.kernels.attention_rotation import fetch_ahead, known, make, store_made
 
 SPLIT = tl.constexpr(256)  # keys in a partial
-LOG2_E = tl.constexpr(math.log2(math.e))
+LOG2_E = tl.constexpr(1.4426950408889634)
 ONES = tl.constexpr(32)  # columns of the product that sums; more than rows of a decode, so that warps divide columns
 LOWEST = tl.constexpr(-1e30)  # a running maximum before anything was seen; finite, so that differences are defined
 

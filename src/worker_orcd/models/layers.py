@@ -38,11 +38,11 @@ class Attention:
     rope: Rope
     spec: AttnSpec
     output: Projection
-    query_scales: Tensor | None  # f32 [context, 1, 1]
 
     def __call__(self, h: Operand, batch: Batch, kv: LayerKV) -> Sums:
-        qkv, own = self.backend.linear(h, self.qkv), (self.heads, self.rope, self.spec)
-        return self.backend.linear(self.backend.attend(qkv, *own, kv, batch, self.query_scales), self.output)
+        qkv = self.backend.linear(h, self.qkv)
+        attended = self.backend.attend(qkv, self.heads, self.rope, self.spec, kv, batch)
+        return self.backend.linear(attended, self.output)
 
 
 class Mlp(Protocol):
@@ -194,9 +194,9 @@ def _layer(
             window=spec.windows[tensors.index],
             soft_cap=spec.attn_soft_cap,
             sinks=tensors.vector("attn_sinks.weight"),
+            query_scales=scales,
         ),
         output=tensors.projection("attn_output"),
-        query_scales=scales,
     )
     is_after = family.norms != "before"
     return Layer(

@@ -18,7 +18,7 @@ from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
 from worker_orcd.kernels.linear.plan import MULTIPROCESSORS, WARPS_PER_SM, FewTokens, LinearPlan, ManyTokens, Variant
 from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape, rows_source
-from worker_orcd.kernels.source import Source, defined
+from worker_orcd.kernels.source import Source
 from worker_orcd.quant.tiles import tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
@@ -27,7 +27,7 @@ TOGETHER_ROWS = ARRANGERS // 32  # that one block both routes, a warp each, and 
 UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 40, 48, 64, 96, 128)}  # rows; without and with wgmma
 MANY_ROWS = 16  # units from here on are for wgmma
 MOST_STRIPS = 3  # of a warp
-FEW_PAIRS, MOST_EACH = 128, 4  # for which a thread copies one piece of 16 bytes; how many it copies beyond
+FEW_PAIRS = 128  # for which a thread copies 16 bytes; beyond, four times as many
 SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
 WARPS = WARPS_PER_SM * MULTIPROCESSORS
 WAVES = 2.4  # of so many warps: fewer leave multiprocessors idle at the end, more begin too often; measured
@@ -109,9 +109,8 @@ class ExpertOps:
         out = image.new_empty(pieces, routing.num_places // 8, 8, 64)
         args: list[Argument] = [image, out, routing.places, pieces * 8, groups, out.shape[1]]
         pairs = len(routing.places)
-        each = 1 if pairs <= FEW_PAIRS else MOST_EACH
-        source = replace(routing.source, options=(*routing.source.options, *defined(AHEAD=each)))
-        self._ops.rows(source, "spread", -(-pieces * 8 // (ROW_THREADS * each)), pairs, ROW_THREADS, args)
+        name, each = ("spread", 1) if pairs <= FEW_PAIRS else ("spread_many", 4)
+        self._ops.rows(routing.source, name, -(-pieces * 8 // (ROW_THREADS * each)), pairs, ROW_THREADS, args)
         return out
 
     def multiply(

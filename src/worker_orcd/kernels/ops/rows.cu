@@ -339,28 +339,35 @@ route_and_arrange(const __grid_constant__ Sums scores, int* chosen, float* weigh
   arrange_pairs(chosen, places, experts, owners, T * USED, units, unit);
 }
 
-// Copy each row's image to the places of its pairs, AHEAD times 16 bytes a thread. grid (ceil(units of a row / 64 AHEAD),
+// Copy each row's image to the places of its pairs, EACH times 16 bytes a thread. grid (ceil(units of a row / 64 EACH),
 // pairs). The next kernel starts when this one has waited, so whatever comes after it finds the owners of the units and
 // all else about places complete.
-#ifdef AHEAD
-extern "C" __global__ void __launch_bounds__(64)
-spread(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8, int P8) {
+template <int EACH>
+DEVICE void copy_to_places(const uint4* from, uint4* to, const int* places, int units, int T8, int P8) {
   await_previous_kernel();
   start_next_kernel();
-  const int first = blockIdx.x * 64 * AHEAD + threadIdx.x, t = blockIdx.y / USED, p = places[blockIdx.y];
-  uint4 v[AHEAD];
+  const int first = blockIdx.x * 64 * EACH + threadIdx.x, t = blockIdx.y / USED, p = places[blockIdx.y];
+  uint4 v[EACH];
 #pragma unroll
-  for (int n = 0; n < AHEAD; n++) {
+  for (int n = 0; n < EACH; n++) {
     const int i = first + n * 64, u = i & 7;
     if (i < units) v[n] = from[(((u64)(i >> 3) * T8 + (t >> 3)) * 8 + (t & 7)) * 8 + (u ^ (t & 7))];
   }
 #pragma unroll
-  for (int n = 0; n < AHEAD; n++) {
+  for (int n = 0; n < EACH; n++) {
     const int i = first + n * 64, u = i & 7;
     if (i < units) to[(((u64)(i >> 3) * P8 + (p >> 3)) * 8 + (p & 7)) * 8 + (u ^ (p & 7))] = v[n];
   }
 }
-#endif
+extern "C" __global__ void __launch_bounds__(64)
+spread(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8, int P8) {
+  copy_to_places<1>(from, to, places, units, T8, P8);
+}
+extern "C" __global__ void __launch_bounds__(64)
+spread_many(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8,
+            int P8) {
+  copy_to_places<4>(from, to, places, units, T8, P8);
+}
 
 // y[t][n] = sum over slots, in order, of weight times what the expert gave. grid (ceil(N / 256), T), 64 threads
 extern "C" __global__ void __launch_bounds__(64)
