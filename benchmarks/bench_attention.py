@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -21,18 +20,21 @@ from results import add_out, finish
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from worker_orcd.errors import CudaError
 from worker_orcd.kernels.attention import (
-    PROGRAMS,
     Call,
+    DecodeLaunch,
+    FlashAttention,
     Form,
-    Launch,
     Pages,
-    attend,
+    PromptLaunch,
+    Unrotated,
     decode_launch,
-    launch_decodes,
     launch_prompts,
     prompt_launch,
 )
+from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.ops.ops import Ops, Part
 
 BLOCK_SIZE = 32
 BATCHES, CONTEXTS, PROMPT = (1, 8, 64, 256), (512, 2048, 8192), 2048
@@ -48,12 +50,11 @@ FORMS = {
 HAVE_SINKS = ("gpt-oss-20b", "gpt-oss-20b, window")
 
 GRAPH_TOKENS = 256  # a recorded step's block table has room for so many at least
-SWEPT_BATCHES, SWEPT_CONTEXTS, SHOWN, COMPILERS = (1, 8, 64, 256), (200, 1000), 3, 16
-SWEPT = (  # warps, stages, most registers of a thread; an even number of stages is as good as the odd one before
-    *((warps, stages, None) for warps in (2, 4, 8) for stages in (3, 5, 9)),
-    *((1, 3, None), (2, 3, 200), (4, 3, 128), (4, 3, 96), (4, 5, 168), (8, 3, 80), (8, 5, 80)),
-)
+SWEPT_BATCHES, SWEPT_CONTEXTS, SHOWN, SLICES = (1, 8, 64, 256), (200, 1000), 3, 4
+SWEPT = tuple((warps, slots) for warps in (1, 2, 4) for slots in (2, 3, 4, 6, 8))
 SWEPT_PROMPTS = tuple((rows, warps, stages) for rows in (64, 128) for warps in (4, 8) for stages in (3, 5))
+GPU = Gpu(torch.device("cuda", 0))
+FLASH = FlashAttention(GPU, Ops(GPU))
 
 
 def caches(form: Form, blocks: int, layers: int) -> list[tuple[Tensor, Tensor]]:
@@ -112,7 +113,8 @@ def calls(name: str, where: Pages, num_rows: int, layers: int) -> list[Call]:
 
 def attend_us(layers: list[Call]) -> float:
     """One layer with the launch that attention.py chooses."""
-    return replayed_us([lambda c=c: attend(c.q, c.k, c.v, c.pages, c.form, c.sinks, c.out) for c in layers])  # type: ignore[misc]
+    run = FLASH.attend
+    return replayed_us([lambda c=c: run(c.q, c.k, c.v, c.pages, c.form, c.sinks, c.out) for c in layers])  # type: ignore[misc]
 
 
 def measure(name: str, ceiling: float) -> dict[str, Any]:
@@ -133,55 +135,53 @@ def measure(name: str, ceiling: float) -> dict[str, Any]:
     return numbers
 
 
+def unrotated(layers: list[Call], num_slices: int) -> list[Call]:
+    """The same with queries, the newest key and its value still to be made: as all steps of decodes are."""
+    form, batch = layers[0].form, layers[0].num_seqs
+    width = (form.num_heads + 2 * form.num_kv_heads) * form.head_dim
+    sums, angles = torch.randn(num_slices, batch, width, device="cuda"), torch.randn(8192, form.head_dim // 2).cuda()
+    return [replace(call, q=Unrotated([Part(sums)], angles, angles, False)) for call in layers]
+
+
 def sweep(name: str) -> None:
     form = FORMS[name]
     for batch in SWEPT_BATCHES:
         for context in SWEPT_CONTEXTS:
-            layers = decodes(name, batch, context, GRAPH_TOKENS)
-            now = decode_launch(form, batch, layers[0].max_splits)
-            others = list(decode_launches(form, layers[0], now))
-            compare(f"{name}, B={batch} ctx={context}", layers, launch_decodes, [now, *others])
-    launches = [Launch(*swept) for swept in SWEPT_PROMPTS if swept[0] >= form.group]
-    compare(f"{name}, prompt={PROMPT}", prompts(name), launch_prompts, [prompt_launch(form), *launches])
+            layers = unrotated(decodes(name, batch, context, GRAPH_TOKENS), SLICES if batch <= 64 else 1)
+            now = decode_launch(form, batch, layers[0].max_splits, GPU.card)
+            launches = [now, *decode_launches(layers[0], now)]
+            compare(f"{name}, B={batch} ctx={context}", layers, FLASH.launch_decodes, launches)
+    prompt = [PromptLaunch(*swept) for swept in SWEPT_PROMPTS if swept[0] >= form.group]
+    compare(f"{name}, prompt={PROMPT}", prompts(name), launch_prompts, [prompt_launch(form), *prompt])
 
 
-def decode_launches(form: Form, call: Call, now: Launch) -> Iterator[Launch]:
-    """SWEPT, with one program for a row, with as many as there are partials, and with as many as now."""
-    rows = call.num_seqs * form.num_kv_heads
-    for num_parts in {1, now.num_parts} | ({call.max_splits} if rows * call.max_splits <= 2 * PROGRAMS else set()):
-        for num_warps, num_stages, registers in SWEPT:
-            yield replace(
-                now, num_warps=num_warps, num_stages=num_stages, num_parts=num_parts, max_registers=registers
-            )
+def decode_launches(call: Call, now: DecodeLaunch) -> Iterator[DecodeLaunch]:
+    """SWEPT, with one block for a row, with as many as there are partials, and with as many as now."""
+    for num_parts in sorted({1, now.num_parts, call.max_splits}):
+        yield from (DecodeLaunch(*swept, num_parts) for swept in SWEPT)
 
 
-def compare(about: str, layers: list[Call], run: Callable[[Call, Launch], None], launches: list[Launch]) -> None:
+def compare(about: str, layers: list[Call], run: Callable[[Call, Any], None], launches: list[Any]) -> None:
     """Print the times of the first of `launches` and of the best."""
-    now, launches = launches[0], list(dict.fromkeys(launches))
-    with ThreadPoolExecutor(COMPILERS, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
-        fits = list(pool.map(lambda launch: can_run(layers[0], run, launch), launches))
+    now = launches[0]
     times = {
         launch: replayed_us([lambda c=c, a=launch: run(c, a) for c in layers])  # type: ignore[misc]
-        for launch, fit in zip(launches, fits, strict=True)
-        if fit
+        for launch in dict.fromkeys(launches)
+        if can_run(layers[0], run, launch)
     }
     best = sorted(times, key=times.__getitem__)[:SHOWN]
-    print(f"{about}: now {shown(now, times)}; best " + ", ".join(shown(one, times) for one in best), flush=True)
+    print(f"{about}: now {times[now]:.2f} us {now}", flush=True)
+    for launch in best:
+        print(f"    {times[launch]:.2f} us {launch}", flush=True)
 
 
-def can_run(call: Call, run: Callable[[Call, Launch], None], launch: Launch) -> bool:
-    """Whether it compiles to what a multiprocessor can hold."""
+def can_run(call: Call, run: Callable[[Call, Any], None], launch: Any) -> bool:
+    """Whether it is something that a multiprocessor can hold."""
     try:
         run(call, launch)
-    except OutOfResources:
+    except (OutOfResources, CudaError):
         return False
     return True
-
-
-def shown(launch: Launch, times: dict[Launch, float]) -> str:
-    registers = f" r{launch.max_registers}" if launch.max_registers else ""
-    how = f"{launch.rows} rows w{launch.num_warps} s{launch.num_stages} p{launch.num_parts}{registers}"
-    return f"{times[launch]:.2f} us ({how})"
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def print_kernels(core: EngineCore, batch: int, prompt: int, tokens: int, steps:
 
 def _print_times(title: str, profiler: torch.profiler.profile, count: int) -> None:
     """A launch is charged with the time from the end of the one before, since launches overlap."""
-    found = [e for e in profiler.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    found = [e for e in profiler.events() or () if e.device_type.name == "CUDA"]
     found.sort(key=lambda e: e.time_range.end)
     charged: dict[str, list[float]] = {}
     idle, last = 0.0, min(e.time_range.start for e in found)
@@ -199,7 +200,7 @@ def main() -> None:
     sizes = _sizes(args.sizes)
     if args.profile and args.model is None:
         for size in sizes:
-            profiled(lambda size=size: steady_decode(size, args.steps))
+            profiled(partial(steady_decode, size, args.steps))
         return
     if args.model is None:
         settings = {"sizes": sizes, "steps": args.steps}

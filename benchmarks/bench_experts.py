@@ -1,9 +1,10 @@
 """Time of the grouped matmuls of a mixture of experts, and the time the copy bandwidth allows for what they read.
 
-The shapes are GPT-OSS-20B's: 32 experts, of which a row takes 4 at random. Launches follow each other in a captured
-graph over two copies of the weights and a dozen routings.
+The shapes are GPT-OSS-20B's: 32 experts, of which a row takes 4 at random; with --skew each has a score of its own
+besides, normal with that deviation: 0.5 to 0.8 makes the fullest expert of 1,024 pairs have some 100. Launches follow
+each other in a captured graph over two copies of the weights and a dozen routings.
 
-    python benchmarks/bench_experts.py [--tokens 1,8,64,256] [--sweep] [--out FILE]
+    python benchmarks/bench_experts.py [--tokens 1,8,64,256] [--skew 0.7] [--units 48,24+48] [--sweep] [--out FILE]
 """
 
 from __future__ import annotations
@@ -34,19 +35,21 @@ SHAPES = {"gate_up": (5760, HIDDEN), "down": (2880, HIDDEN)}
 class Bench:
     """One matrix of all experts; the products of some rows with those the router sends them to."""
 
-    def __init__(self, gpu: Gpu, kind: GgmlType, shape: tuple[int, int]) -> None:
-        self.gpu, self.shape, self.kind = gpu, shape, kind
+    def __init__(self, gpu: Gpu, kind: GgmlType, shape: tuple[int, int], skew: float) -> None:
+        self.gpu, self.shape, self.kind, self.skew = gpu, shape, kind, skew
         self.ops = Ops(gpu)
         self.experts = ExpertOps(gpu, self.ops)
         one = pack(random_raw(kind, *shape), kind, shape)
         self.tiles = [torch.cat([one] * EXPERTS) for _ in range(COPIES)]
         self.slices = choose_expert_slices(*shape, kind, USED)
 
-    def routings(self, num_tokens: int, unit: int | None = None) -> list[Routing]:
-        made = []
+    def routings(self, num_tokens: int, sizes: tuple[int, int] | None = None) -> list[Routing]:
+        """Rows choose by Gumbel noise, the same experts whatever the sizes of units."""
+        made, random = [], torch.Generator("cuda").manual_seed(num_tokens)
         for _ in range(ROUTINGS):
-            scores = [Part(torch.randn(1, num_tokens, EXPERTS, device="cuda"))]
-            made.append(self.experts.route(scores, EXPERTS, USED, True, unit))
+            own = self.skew * torch.randn(EXPERTS, device="cuda", generator=random)
+            noise = torch.empty(1, num_tokens, EXPERTS, device="cuda").exponential_(generator=random)
+            made.append(self.experts.route([Part(own - noise.log())], EXPERTS, USED, True, sizes))
         return made
 
     def us(self, num_tokens: int, routings: list[Routing], slices: int, how: Grouped | None) -> float:
@@ -86,10 +89,16 @@ def candidates(unit: int, n: int, slices: int, active: int, num_sms: int) -> Ite
                 yield Grouped(ManyTokens(unit, groups, depth, stages, sequential, ctas), -(-n // (64 * groups)))
 
 
+def sizes_of(text: str) -> tuple[int, int]:
+    """Of units: "48", or "24+48"."""
+    *small, large = map(int, text.split("+"))
+    return sum(small), large
+
+
 def sweep(bench: Bench, num_tokens: int, units: list[int], gbps: float, ahead: bool) -> None:
     """Print the best ways for each unit and number of slices; `ahead` only begins to compile them."""
     for unit in units:
-        routings = [] if ahead else bench.routings(num_tokens, unit)
+        routings = [] if ahead else bench.routings(num_tokens, (0, unit))
         active = min(num_tokens * USED, EXPERTS)
         for slices in sorted({1, 2, 3, 4, bench.slices}):
             found = []
@@ -109,23 +118,32 @@ def sweep(bench: Bench, num_tokens: int, units: list[int], gbps: float, ahead: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,8,64,256")
-    parser.add_argument("--units", default="", help="rows of an expert multiplied at a time, for --sweep")
-    parser.add_argument("--sweep", action="store_true", help="try many variants and slices, and print the best")
+    parser.add_argument("--skew", type=float, default=0.0, help="deviation of the experts' own scores")
+    parser.add_argument("--units", default="", help="rows of an expert multiplied at a time, small + large: 48,24+48")
+    parser.add_argument("--sweep", action="store_true", help="try many variants and slices, for units of one size")
     add_out(parser)
     args = parser.parse_args()
     gpu, gbps = Gpu(torch.device("cuda", 0)), copy_gbps()
     numbers: dict[str, Any] = {"copy_gb_per_s": round(gbps)}
     for name, shape in SHAPES.items():
-        bench = Bench(gpu, GgmlType.MXFP4, shape)
+        bench = Bench(gpu, GgmlType.MXFP4, shape, args.skew)
         for num_tokens in map(int, args.tokens.split(",")):
-            routings = bench.routings(num_tokens)
-            us, floor = bench.us(num_tokens, routings, bench.slices, None), bench.floor_us(routings, gbps)
-            numbers[f"{name} T={num_tokens}"] = {"us": round(us, 1), "percent": round(100 * floor / us, 1)}
-            units = [int(u) for u in args.units.split(",") if u] or [routings[0].unit]
-            print(name, num_tokens, numbers[f"{name} T={num_tokens}"], f"S={bench.slices}", flush=True)
+            asked = [sizes_of(text) for text in args.units.split(",") if text]
+            cases: list[tuple[int, int] | None] = [*asked] if asked else [None]
+            for sizes in cases:
+                routings = bench.routings(num_tokens, sizes)
+                us, floor = bench.us(num_tokens, routings, bench.slices, None), bench.floor_us(routings, gbps)
+                regions = routings[0].regions
+                units = "+".join(str(region.unit) for region in reversed(regions))
+                used = [sum(int((r.regions[i].owners >= 0).sum()) for r in routings) for i in range(len(regions))]
+                found = {"us": round(us, 1), "percent": round(100 * floor / us, 1)}
+                numbers[f"{name} T={num_tokens} units {units}"] = found
+                in_use = "+".join(str(round(n / ROUTINGS, 1)) for n in reversed(used))
+                print(name, num_tokens, f"units {units}: {in_use} in use", found, f"S={bench.slices}", flush=True)
             if args.sweep:
+                alone = [large for small, large in asked if not small] or [regions[0].unit]
                 for ahead in (True, False):
-                    sweep(bench, num_tokens, units, gbps, ahead)
+                    sweep(bench, num_tokens, alone, gbps, ahead)
         del bench
     finish("experts", {"type": "MXFP4", "experts": EXPERTS, "used": USED}, numbers, args.out)
 

@@ -215,7 +215,7 @@ def write_cut(source: Path, target: Path, num_layers: int) -> None:
             for start in range(0, nbytes, READ_BYTES):
                 yield bytes(gguf.read(name, None, start, min(READ_BYTES, nbytes - start)))
 
-        rows = [(i.name, i.shape, i.type, lambda i=i: pieces(i.name, i.nbytes)) for i in kept]  # type: ignore[misc]
+        rows = [(i.name, i.shape, i.type, lambda i=i: pieces(i.name, i.nbytes)) for i in kept]
         write_gguf(target, metadata, rows)
 
 

@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from ceiling import copy_gbps, driver
-from results import add_out, finish
+from ceiling import copy_gbps
+from results import add_out, driver, finish
 
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType

@@ -77,12 +77,9 @@ def record(work: Callable[[], Tensor]) -> Recording:
 class FakeLaunched:
     """Done when the device would be."""
 
+    plan: Plan
     real: Launched
     done_s: float
-
-    @property
-    def plan(self) -> Plan:
-        return self.real.plan
 
     def wait(self) -> list[Result]:
         if (rest_s := self.done_s - time.monotonic()) > 0:
@@ -107,7 +104,7 @@ class FakeStep(PlainStep):
             raise CudaError("an illegal memory access was encountered")
         real = super().launch(plan)
         self._done_s = max(self._done_s, time.monotonic()) + self._step_s
-        return FakeLaunched(real, self._done_s)
+        return FakeLaunched(real.plan, real, self._done_s)
 
 
 def build_fake_core(options: FakeOptions) -> tuple[EngineCore, EngineFacts]:

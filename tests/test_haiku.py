@@ -89,7 +89,7 @@ def test_answers_scan_and_differ(haiku: Haiku, is_haiku, chat: bool) -> None:  #
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_the_same_seed_gives_the_same_ids(haiku: Haiku, temperature: float) -> None:
-    asked = [(f"Write a haiku about {theme}", 42) for theme in THEMES]
+    asked = [(f"Write a haiku about {theme}", 42) for theme in THEMES[:4]]
     alone = [haiku.ask([one], temperature=temperature)[0] for one in asked]
     assert haiku.ask(asked, temperature=temperature) == alone
     assert haiku.ask(asked[::-1], temperature=temperature) == alone[::-1]

@@ -125,8 +125,10 @@ def test_a_new_worker_gives_the_answer_the_killed_one_was_giving() -> None:
     assert [data for name, data in again if name == "token"] == [data for name, data in before if name == "token"]
 
 
-def test_an_engine_that_hangs_is_given_up_and_killed(temp: Path) -> None:
-    with fake_worker(*SLOW, temp=temp) as worker:
+def test_an_engine_that_hangs_is_given_up_and_killed_and_left_alone_while_idle(temp: Path) -> None:
+    with fake_worker(*SLOW, temp=temp) as idle, fake_worker(*SLOW, temp=temp) as worker:
+        idle.wait_for("ready")
+        os.kill(idle_pid := idle.engine_pid, signal.SIGSTOP)
         unready_s: list[float] = []
 
         def stop() -> None:
@@ -139,18 +141,11 @@ def test_an_engine_that_hangs_is_given_up_and_killed(temp: Path) -> None:
         assert unready_s[0] > 4  # a short hiccup is no reason to give up
         assert worker.end(20) == 1
         assert not is_alive(stopped[0])
-
-
-def test_an_idle_engine_that_hangs_is_left_alone(temp: Path) -> None:
-    with fake_worker(*SLOW, temp=temp) as worker:
-        worker.wait_for("ready")
-        os.kill(engine_pid := worker.engine_pid, signal.SIGSTOP)
-        time.sleep(6)
-        assert worker.is_ready()
-        os.kill(engine_pid, signal.SIGCONT)
-        assert worker.execute(max_tokens=2)[-1][0] == "end"
-        worker.process.terminate()
-        assert worker.end() == 0
+        assert idle.is_ready(), "it hung for longer, and owed nobody an answer"
+        os.kill(idle_pid, signal.SIGCONT)
+        assert idle.execute(max_tokens=2)[-1][0] == "end"
+        idle.process.terminate()
+        assert idle.end() == 0
 
 
 def test_a_device_error_ends_the_streams_and_the_worker(temp: Path) -> None:

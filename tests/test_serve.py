@@ -52,14 +52,14 @@ def test_events_tokens_and_text(served: Worker) -> None:
     assert len(text.strip().splitlines()) == 3
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_same_request_gives_the_same_ids_in_two_processes(served: Worker, temperature: float) -> None:
-    fields = {"temperature": temperature, "max_tokens": 50}
-    first = ids(served.execute(**fields))
-    assert ids(served.execute(**fields)) == first
+def test_the_same_request_gives_the_same_ids_in_two_processes(served: Worker) -> None:
     with real_worker() as other:
         other.wait_for("ready")
-        assert ids(other.execute(**fields)) == first
+        for temperature in (0.0, 0.7):
+            fields = {"temperature": temperature, "max_tokens": 50}
+            first = ids(served.execute(**fields))
+            assert ids(served.execute(**fields)) == first
+            assert ids(other.execute(**fields)) == first
 
 
 def test_stop_string_limits_and_template(served: Worker) -> None:
@@ -153,7 +153,7 @@ def test_signals_before_the_first_line_of_the_log(delay_s: float) -> None:
         assert "Traceback" not in "".join(running.lines)
 
 
-@pytest.mark.parametrize("gap_s", [0.05, 0.3, 0.6])
+@pytest.mark.parametrize("gap_s", [0.05, 0.3])
 def test_a_second_signal_does_not_cut_the_end(gap_s: float) -> None:
     with real_worker() as running:
         running.wait_for("ready")
@@ -211,7 +211,7 @@ def test_a_file_that_vanishes_while_serving_changes_nothing(served: Worker, tmp_
         assert ids(running.execute(temperature=0)) == ids(served.execute(temperature=0))
 
 
-@pytest.mark.parametrize("delay_s", [0.1, 0.25, 0.4, 0.8, 1.2, 1.6])
+@pytest.mark.parametrize("delay_s", [0.1, 0.5, 1.0, 1.5])
 def test_a_file_cut_while_starting_ends_in_an_error_or_a_sound_worker(tmp_path: Path, delay_s: float) -> None:
     """Never a signal and never a traceback, whenever it happens."""
     copy = tmp_path / "model.gguf"

@@ -18,11 +18,13 @@ SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
 GROUP = 100  # schedules a test
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
+@pytest.fixture(scope="module", params=[("qwen2", 2), ("llama", 1)], ids=["qwen2", "llama"])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Two layers, four query heads on two key heads; one family turns halves, the other neighbours."""
-
-    path = tiny.build(request.param, **SMALL).write(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    """Two layers or one, four query heads on two key heads; one family turns halves, the other neighbours."""
+    family, num_layers = request.param
+    path = tiny.build(family, num_hidden_layers=num_layers, **SMALL).write(
+        tmp_path_factory.mktemp("model") / "tiny.gguf"
+    )
     return Bench(runtime_of(path), num_requests=160)
 
 

@@ -21,7 +21,7 @@ from worker_orcd.engine.sequence import Sequence
 from worker_orcd.kv.prefix import PrefixChain
 
 CPU = torch.device("cpu")
-DRAWS = 40_000
+DRAWS = 20_000
 GREEDY = SamplingParams(seed=0, temperature=0.0)
 
 

@@ -17,7 +17,7 @@ from tests.kernels.emulator.gpu import EmulatedGpu
 from tests.kernels.test_attention import SMALL
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels import attention
-from worker_orcd.kernels.attention import Form, Pages, attend
+from worker_orcd.kernels.attention import FlashAttention, Form, Pages
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
 from worker_orcd.kernels.linear.plan import MAX_DIMENSION, plan_linear
 from worker_orcd.kernels.ops.experts import ExpertOps
@@ -45,6 +45,7 @@ class IdleGpu(EmulatedGpu):
 
 GPU = IdleGpu()
 OPS, LINEAR = Ops(GPU), Linear(GPU)
+FLASH = FlashAttention(GPU, OPS)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = GPU.device) -> Tensor:
@@ -227,33 +228,38 @@ def gate_and_up(*widths: int) -> list[Tensor]:
     return [zeros(1, 4, width) for width in widths]
 
 
+def cache(*shape: int, device: torch.device = GPU.device) -> Tensor:
+    return zeros(*shape, dtype=torch.float16, device=device)
+
+
 def attended(form: Form = SMALL, rows: int = 5, **changes: Any) -> Call:
     """Two sequences with 4 and 1 rows and contexts of 20 and 3, in three blocks of 16."""
     starts, lens = torch.tensor([0, rows - 1, rows]), torch.tensor([20, 3])
-    given = {"q": zeros(rows, 4, 16), "k": zeros(3, 16, 2, 16), "v": zeros(3, 16, 2, 16), "sinks": None, "out": None}
+    sides = {"k": cache(3, 16, 2, 16), "v": cache(3, 16, 2, 16)}
+    given = {"q": zeros(rows, 4, 16), "sinks": None, "out": None} | sides
     pages = {"query_starts": starts, "context_lens": lens, "block_table": zeros(2, 2, dtype=torch.int64)}
     given |= {name: value for name, value in changes.items() if name in given}
     pages |= {name: value for name, value in changes.items() if name in pages}
-    return lambda: attend(**given, pages=Pages(**pages), form=form)  # type: ignore[arg-type]
+    return lambda: FLASH.attend(**given, pages=Pages(**pages), form=form)  # type: ignore[arg-type]
 
 
 ATTENTION: dict[str, tuple[str, Call]] = {
     "other heads in q": ("5, 3, 16.*4", attended(q=zeros(5, 3, 16))),
-    "heads that do not divide": ("4 .*3", attended(Form(4, 3, 16, 0.1), k=zeros(3, 16, 3, 16),
-                                                   v=zeros(3, 16, 3, 16))),
-    "heads of another size": ("24", attended(replace(SMALL, head_dim=24), q=zeros(5, 4, 24), k=zeros(3, 16, 2, 24),
-                                             v=zeros(3, 16, 2, 24))),
-    "heads too large": ("272", attended(replace(SMALL, head_dim=272), q=zeros(5, 4, 272), k=zeros(3, 16, 2, 272),
-                                        v=zeros(3, 16, 2, 272))),
+    "heads that do not divide": ("4 .*3", attended(Form(4, 3, 16, 0.1), k=cache(3, 16, 3, 16),
+                                                   v=cache(3, 16, 3, 16))),
+    "heads of another size": ("24", attended(replace(SMALL, head_dim=24), q=zeros(5, 4, 24), k=cache(3, 16, 2, 24),
+                                             v=cache(3, 16, 2, 24))),
+    "heads too large": ("272", attended(replace(SMALL, head_dim=272), q=zeros(5, 4, 272), k=cache(3, 16, 2, 272),
+                                        v=cache(3, 16, 2, 272))),
     "a scale that turns the order": ("-0.1", attended(replace(SMALL, scale=-0.1))),
-    "keys and values of other sizes": ("3, 16, 2, 16.*2, 16, 2, 16", attended(v=zeros(2, 16, 2, 16))),
-    "keys and values of other types": ("float16", attended(v=zeros(3, 16, 2, 16, dtype=torch.float16))),
+    "keys and values of other sizes": ("3, 16, 2, 16.*2, 16, 2, 16", attended(v=cache(2, 16, 2, 16))),
+    "keys and values of other types": ("float16.*float32", attended(v=zeros(3, 16, 2, 16))),
     "a cache of another type": ("float64", attended(k=zeros(3, 16, 2, 16, dtype=torch.float64),
                                                     v=zeros(3, 16, 2, 16, dtype=torch.float64))),
-    "blocks that no split is cut into": ("24", attended(k=zeros(3, 24, 2, 16), v=zeros(3, 24, 2, 16))),
+    "blocks that no split is cut into": ("24", attended(k=cache(3, 24, 2, 16), v=cache(3, 24, 2, 16))),
     "queries of another type": ("float16", attended(q=zeros(5, 4, 16, dtype=torch.float16))),
     "queries with gaps": ("contiguous", attended(q=zeros(4, 5, 16).transpose(0, 1))),
-    "a cache elsewhere": ("meta", attended(k=zeros(3, 16, 2, 16, device=META), v=zeros(3, 16, 2, 16, device=META))),
+    "a cache elsewhere": ("meta", attended(k=cache(3, 16, 2, 16, device=META), v=cache(3, 16, 2, 16, device=META))),
     "sinks of other heads": ("3", attended(sinks=zeros(3))),
     "fewer starts than sequences": ("2 .*2", attended(query_starts=torch.tensor([0, 5]))),
     "a table of fewer sequences": ("1, 2", attended(block_table=zeros(1, 2, dtype=torch.int64))),
@@ -288,7 +294,7 @@ def test_refused_before_a_launch(kind: str, case: str, monkeypatch: pytest.Monke
     def launched(*_: object, **__: object) -> None:
         raise Launched
 
-    monkeypatch.setattr(attention, "_launch", launched)
+    monkeypatch.setattr(attention, "launch_prompts", launched)
     message, call = TABLE[kind][case]
     with pytest.raises(ValueError, match=message):
         call()
@@ -300,7 +306,7 @@ def test_what_is_right_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*_: object, **__: object) -> None:
         raise Launched
 
-    monkeypatch.setattr(attention, "_launch", launched)
+    monkeypatch.setattr(attention, "launch_prompts", launched)
     right: list[Call] = [
         lambda: LINEAR(image(2, 256), 2, matrix()),
         lambda: LINEAR.pair(image(2, 256), 2, matrix(), matrix()),

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tests.kernels.test_attention import SMALL, Sums, build, pages_of, run, unrotated
+from tests.kernels.test_attention import FLASH, SMALL, Sums, build, pages_of, run, unrotated
 from tests.kernels.test_linear import check_variants
 from tests.kernels.weights import random_raw
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.attention import Form, can_rotate, store_and_attend
+from worker_orcd.kernels.attention import Form
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
 from worker_orcd.kernels.ops.experts import ExpertOps
@@ -140,13 +140,12 @@ def attention(forms: Sequence[tuple[Form, bool]]) -> None:
         last = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
         for chunks in (last, last[-1:], [*last[:2], (3, 290, 300)]):
             assert all(rows.isfinite().all() for rows in run(world, chunks))
-        if can_rotate(form):
-            widths = (form.num_heads, form.num_kv_heads, form.num_kv_heads)
-            for chunks in (last, last[-1:]):
-                sums = Sums(widths, (2, 3, 9), has_bias=True, pairs=form.head_dim // 2)
-                _, made_of = unrotated(form, sums, len(chunks), 300)
-                out = store_and_attend(made_of, *world.cache, pages_of(world, chunks), form, world.sinks)
-                assert out.isfinite().all()
+        widths = (form.num_heads, form.num_kv_heads, form.num_kv_heads)
+        for chunks in (last, last[-1:]):
+            sums = Sums(widths, (2, 3, 9), has_bias=True, pairs=form.head_dim // 2)
+            _, made_of = unrotated(form, sums, len(chunks), 300)
+            out = FLASH.store_and_attend(made_of, *world.cache, pages_of(world, chunks), form, world.sinks)
+            assert out.isfinite().all()
 
 
 def main(gpu: Gpu, kinds: Sequence[GgmlType] = tuple(FORMATS), widest: int = 8500, most_rows: int = 300) -> None:

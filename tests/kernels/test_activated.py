@@ -55,8 +55,10 @@ def random(gpu: Gpu, *shape: int) -> Tensor:
 
 
 def rows_of(image: Tensor, rows: Tensor) -> Tensor:
-    """Those of an image as they lie there, padding and all."""
-    return image.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[rows].view(torch.int16)
+    """Those of an image, padding and all; what lies where in a row depends on its place among 8."""
+    units = image.permute(1, 2, 0, 3).flatten(0, 1)[rows].unflatten(2, (8, 8))
+    straight = torch.arange(8, device=rows.device) ^ (rows & 7)[:, None]
+    return units.gather(2, straight[:, None, :, None].expand(units.shape)).flatten(1).view(torch.int16)
 
 
 def variant_of(tokens: int, warpgroups: int = 2, sequential: bool = True) -> ManyTokens:
@@ -70,7 +72,7 @@ CASES = [  # format, F, K, slices, rows, tokens of a block, warpgroups, activati
     (Q4_K, 64, 256, 1, 300, 256, 2, "gelu"),
     (MXFP4, 320, 384, 3, 100, 128, 2, "clamped"),
     (MXFP4, 192, 160, 1, 65, 24, 2, "clamped"),
-    (Q8_0, 448, 256, 2, 64, 64, 2, "silu"),
+    (Q8_0, 512, 256, 2, 64, 64, 4, "silu"),
 ]
 
 
@@ -100,22 +102,39 @@ def crowded(gpu: Gpu, num_rows: int) -> Part:
     return Part(scores)
 
 
-@pytest.mark.parametrize(("kind", "slices", "unit"), [(MXFP4, 3, 24), (MXFP4, 3, 48), (Q4_K, 1, 32)])
-def test_experts_have_the_bits_of_two_launches(kind: GgmlType, slices: int, unit: int, hopper: Gpu) -> None:
-    ops, (f, k, num_rows) = Ops(hopper), (192, 512, 70)
-    experts = ExpertOps(hopper, ops)
-    routing = experts.route([crowded(hopper, num_rows)], 5, 2, True, unit=unit)
-    assert (routing.owners == 0).sum() == -(-num_rows // unit)
+UNITS = [  # format, F, K, slices, rows, sizes of units
+    (MXFP4, 192, 384, 3, 70, (0, 24)),
+    (Q4_K, 192, 512, 1, 70, (0, 32)),
+    (MXFP4, 192, 384, 3, 70, (24, 48)),
+    (Q4_K, 192, 512, 1, 70, (16, 32)),
+    (MXFP4, 128, 384, 3, 110, (16, 96)),  # 4 warpgroups
+]
+
+
+@pytest.mark.parametrize(("kind", "f", "k", "slices", "num_rows", "sizes"), UNITS)
+def test_experts_have_the_bits_of_two_launches(
+    kind: GgmlType, f: int, k: int, slices: int, num_rows: int, sizes: tuple[int, int], hopper: Gpu
+) -> None:
+    """And of units of 8 rows, whatever the sizes."""
+    ops = Ops(hopper)
+    experts, scores = ExpertOps(hopper, ops), [crowded(hopper, num_rows)]
+    routing, small = experts.route(scores, 5, 2, True, sizes), experts.route(scores, 5, 2, True, (0, 8))
+    assert [region.unit for region in routing.regions] == [size for size in reversed(sizes) if size]
+    assert all(region.owners[0] >= 0 for region in routing.regions), "none is empty"
     assert (routing.owners != 2).all()
-    matrix, bias = matrix_of(hopper, kind, (2 * f, k), slices, 5), random(hopper, 5 * 2 * f)
-    spread = experts.spread(ops.to_image(random(hopper, num_rows, k)), routing)
-    for given in (None, bias):
-        sums = experts.multiply(spread, matrix, given, routing)
-        expected = ops.activate([sums], f, "clamped", places=routing.places)
-        found = experts.up(spread, matrix, given, routing, "clamped")
-        assert found is not None
-        rows = routing.places.long()
-        assert torch.equal(rows_of(found, rows), rows_of(expected, rows))
+    matrix = matrix_of(hopper, kind, (2 * f, k), slices, 5)
+    bias = random(hopper, 5 * 2 * f) if slices > 1 else None
+    image, rows = ops.to_image(random(hopper, num_rows, k)), routing.places.long()
+    spread = experts.spread(image, routing)
+    expected = ops.activate(
+        [experts.multiply(experts.spread(image, small), matrix, bias, small)], f, "clamped", places=small.places
+    )
+    sums = experts.multiply(spread, matrix, bias, routing)
+    two = ops.activate([sums], f, "clamped", places=routing.places)
+    one = experts.up(spread, matrix, bias, routing, "clamped")
+    assert one is not None
+    for found in (two, one):
+        assert torch.equal(rows_of(found, rows), rows_of(expected, small.places.long()))
 
 
 def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -129,6 +148,21 @@ def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(gpu, "launch", watched)
     return launched
+
+
+@pytest.mark.parametrize(("sizes", "turns"), [((0, 16), [0]), ((16, 32), [1, 2])])
+def test_the_first_of_two_launches_is_for_large_units(
+    sizes: tuple[int, int], turns: list[int], hopper: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them waits for what is a matter of TURN; an emulated GPU would not notice."""
+    experts, launched = ExpertOps(hopper, Ops(hopper)), list[tuple[str, ...]]()
+    routing = experts.route([crowded(hopper, 70)], 5, 2, True, sizes)
+    matrix = matrix_of(hopper, MXFP4, (128, 128), 1, 5)
+    image = experts.spread(Ops(hopper).to_image(random(hopper, 70, 128)), routing)
+    monkeypatch.setattr(hopper, "launch", lambda source, *_: launched.append(source.options))
+    experts.multiply(image, matrix, None, routing)
+    for options, turn, tokens in zip(launched, turns, sorted(filter(None, sizes), reverse=True), strict=True):
+        assert {f"-DTURN={turn}", f"-DTOKENS={tokens}"} <= set(options)
 
 
 def test_a_backend_takes_one_launch_where_it_can(hopper: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,20 +21,17 @@ from torch import Tensor
 HAS_GPU = torch.cuda.is_available()
 pytest.importorskip("triton")
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-
+from tests.kernels.emulator.gpu import EmulatedGpu  # noqa: E402
 from tests.kernels.test_ops import rows_of  # noqa: E402
 from worker_orcd.kernels import attention as kernels  # noqa: E402
-from worker_orcd.kernels import attention_rotation  # noqa: E402
 from worker_orcd.kernels.attention import (  # noqa: E402
     Call,
+    DecodeLaunch,
+    FlashAttention,
     Form,
-    Launch,
     Pages,
+    PromptLaunch,
     Unrotated,
-    attend,
-    store_and_attend,
 )
 from worker_orcd.kernels.gpu import Gpu  # noqa: E402
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape  # noqa: E402
@@ -44,6 +41,8 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU")
 DEVICE = "cuda" if HAS_GPU else "cpu"
 QWEN, LLAMA, PHI = Form(14, 2, 64, 0.125), Form(32, 8, 128, 128**-0.5), Form(32, 32, 96, 96**-0.5)
 SMALL = Form(4, 2, 16, 0.25)
+GPU = Gpu(torch.device("cuda", 0)) if HAS_GPU else EmulatedGpu(shared_bytes=227 * 1024)
+FLASH = FlashAttention(GPU, Ops(GPU))
 
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
@@ -108,15 +107,15 @@ def pages_of(world: World, chunks: list[Chunk], width: int = 0) -> Pages:
 def run(world: World, chunks: list[Chunk], width: int = 0) -> list[Tensor]:
     """What `attend` gives each chunk's rows."""
     q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
-    out = attend(q, *world.cache, pages_of(world, chunks, width), world.form, world.sinks)
+    out = FLASH.attend(q, *world.cache, pages_of(world, chunks, width), world.form, world.sinks)
     return list(out.split([end - first for _, first, end in chunks]))
 
 
-def decode(world: World, chunks: list[Chunk], launch: Launch) -> Tensor:
+def decode(world: World, chunks: list[Chunk], launch: DecodeLaunch) -> Tensor:
     """One row of each sequence with a launch of the test's choice."""
     q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
     out = torch.full_like(q, torch.nan)
-    kernels.launch_decodes(Call(out, q, *world.cache, pages_of(world, chunks), world.form, world.sinks), launch)
+    FLASH.launch_decodes(Call(out, q, *world.cache, pages_of(world, chunks), world.form, world.sinks), launch)
     return out
 
 
@@ -147,8 +146,16 @@ def check_parity(world: World) -> None:
     found = run(world, [(s, 0, len(q)) for s, q in enumerate(world.q)])
     for s, rows in enumerate(found):
         expected = exact(world, s)
-        lost = error(exact(world, s, dtype), expected) if dtype != torch.float32 else 1e-6
+        lost = error(exact(world, s, dtype), expected)
         assert error(rows, expected) < 2 * lost + 1e-6, (s, error(rows, expected), lost)
+
+
+def check_same(found: Tensor, expected: Tensor, is_exact: bool = HAS_GPU) -> None:
+    """Bit for bit; without a GPU prompts are interpreted, decodes emulated, and their powers of 2 differ a little."""
+    if is_exact:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=4e-3, atol=2e-3)
 
 
 def all_rows(world: World) -> list[Tensor]:
@@ -172,13 +179,10 @@ VARIANTS = {
 
 
 @on_cpu
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [*((case, torch.float16) for case in VARIANTS), ("plain", torch.float32), ("all", torch.float32)],
-)
-def test_close_to_float64(case: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", VARIANTS)
+def test_close_to_float64(case: str) -> None:
     form, has_sinks = VARIANTS[case]
-    check_parity(build(form, [1, 5, 63, 65, 300 if form.group < 20 else 66], 32, dtype, has_sinks))
+    check_parity(build(form, [1, 5, 63, 65, 300 if form.group < 20 else 66], 32, torch.float16, has_sinks))
 
 
 @on_cpu
@@ -212,7 +216,7 @@ def check_company(world: World, rounds: int) -> None:
             first = rng.randrange(n)
             chunks.append((s, first, rng.choice([first + 1, rng.randint(first + 1, n)])))
         for (s, first, end), rows in zip(chunks, run(world, chunks, rng.choice([0, 100])), strict=True):
-            assert torch.equal(rows, expected[s][first:end]), (s, first, end, chunks)
+            check_same(rows, expected[s][first:end], HAS_GPU or (end - first > 1 and len(expected[s]) > 1))
 
 
 @on_cpu
@@ -225,11 +229,12 @@ def test_shared_splits_give_the_bits_of_one_program(case: str) -> None:
 def check_parts(world: World, parts: list[int]) -> None:
     expected = run(world, [(s, max(0, len(q) - 2), len(q)) for s, q in enumerate(world.q)])  # as prompts of two rows
     chunks = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
-    few, many = (kernels.decode_launch(world.form, count, 36) for count in (1, 1000))
-    for launch in (few, many, *(replace(few, num_parts=n) for n in [1, *parts])):
-        found = decode(world, chunks, launch)
-        for s, row in enumerate(found):
-            assert torch.equal(row, expected[s][-1]), (s, launch)
+    alone = decode(world, chunks, DecodeLaunch(1, 2))
+    check_same(alone, torch.stack([rows[-1] for rows in expected]))
+    for num_warps, num_slots in ((1, 3), (2, 2), *([(4, 4)] if world.form.head_dim <= 128 else [])):
+        assert torch.equal(decode(world, chunks, DecodeLaunch(num_warps, num_slots)), alone)
+    for num_parts in parts:
+        check_same(decode(world, chunks, DecodeLaunch(2, 3, num_parts)), alone)
 
 
 @pytest.mark.parametrize("form", [SMALL, Form(6, 2, 48, 0.2)])
@@ -239,9 +244,9 @@ def test_an_image_holds_the_rows_in_the_order_of_the_matmuls(form: Form) -> None
     for chunks in ([(0, 290, 300), (1, 8, 9), (2, 0, 7)], [(0, 299, 300), (1, 8, 9)], [(2, 3, 4)]):
         q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
         pages = pages_of(world, chunks)
-        expected = attend(q, *world.cache, pages, form).flatten(1)
+        expected = FLASH.attend(q, *world.cache, pages, form).flatten(1)
         image = torch.full(image_shape(len(q), width), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-        assert attend(q, *world.cache, pages, form, out=image) is image
+        assert FLASH.attend(q, *world.cache, pages, form, out=image) is image
         found = rows_of(image, len(q), width)
         if HAS_GPU:  # the interpreter cuts bits off where the device rounds
             assert torch.equal(found, expected.bfloat16())
@@ -258,45 +263,29 @@ from worker_orcd.kernels import attention_kernels as kernels
 TYPES = dict(out="*bf16", q="*fp32", k="*fp16", v="*fp16", query_starts="*i64", context_lens="*i64",
              block_table="*i64", partials="*fp32", num_seqs="i32", table_width="i32", groups="i32", factor="fp32",
              max_splits="i32")
-VALUES = dict(SOFT_CAP=0.0, GROUP=4, DIM=64, BLOCK=32, WINDOW=0, ROWS=16, PAD=128, OVERLAPS=True,
-              AHEAD=256, ROTATION=None, UNROLL=8, sinks=None)
+VALUES = dict(SOFT_CAP=0.0, GROUP=4, DIM=64, BLOCK=32, WINDOW=0, ROWS=64, PAD=128, OVERLAPS=True, UNROLL=8,
+              sinks=None)
 
-name, stages, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
-kernel, values = getattr(kernels, name), VALUES | changes
-values = {x: values[x] for x in kernel.arg_names if x in values}
+kernel = getattr(kernels, sys.argv[1])
+values = {x: VALUES[x] for x in kernel.arg_names if x in VALUES}
 types = {x: "constexpr" if x in values else TYPES[x] for x in kernel.arg_names}
-if values.get("ROTATION"):  # one that reads no constants: three sums, no bias, no tables
-    types["q"] = (*3 * [("*fp32", "constexpr", "i32", "i32")], "constexpr", "constexpr")
-    values |= {(1, 0, 1): None, (1, 1, 1): None, (1, 2, 1): None, (1, 3): None, (1, 4): None}
 aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kernel.arg_names) if types[x][0] == "*"}
 source = ASTSource(kernel, types, constexprs=values, attrs=aligned)
-built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": stages, "launch_pdl": True})
+built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 3, "launch_pdl": True})
 print(built.asm["ptx"])
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "num_stages", "changes"),
-    [
-        ("decode_kernel", 5, {}),
-        ("decode_kernel", 3, {"partials": None}),
-        ("decode_kernel", 5, {"ROTATION": (0, False, 8)}),
-        ("prompt_kernel", 3, {"ROWS": 64}),
-        ("fold_kernel", 3, {}),
-    ],
-)
-def test_only_integers_are_read_before_the_one_ahead_has_ended(name: str, num_stages: int, changes: object) -> None:
-    command = [sys.executable, "-c", COMPILE_FOR_HOPPER, name, str(num_stages), repr(changes)]
+@pytest.mark.parametrize("name", ["prompt_kernel", "fold_kernel"])
+def test_only_integers_are_read_before_the_one_ahead_has_ended(name: str) -> None:
+    command = [sys.executable, "-c", COMPILE_FOR_HOPPER, name]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     access = r"(?:ld|st|atom|red|prefetch)\.(?:\w+\.)*global[\w.]*"
     steps = re.findall(rf"griddepcontrol\.\w+|{access}|cp\.async|\bret;", ptx)
     wait = steps.index("griddepcontrol.wait")
     assert steps[0] == "griddepcontrol.launch_dependents"
-    before = [step for step in steps[1:wait] if not step.startswith("ld.global.cg.b64")]
-    keys = 2 if name == "decode_kernel" else 0  # of each of 128 threads, and as many values
-    assert before == ["prefetch.global.L2"] * 2 * keys, steps[:wait]
-    assert not any(step.startswith("prefetch") for step in steps[wait:])
+    assert all(step.startswith("ld.global.cg.b64") for step in steps[1:wait]), steps[:wait]
     assert "cp.async" in steps or name == "fold_kernel"
     assert not any(step.startswith("griddep") for step in steps[wait + 1 :])
 
@@ -321,9 +310,7 @@ def unrotated(form: Form, sums: Sums, num_rows: int, context: int) -> tuple[list
         bias = torch.randn(width * form.head_dim, generator=g).to(DEVICE) if sums.has_bias else None
         parts.append(Part(slices, bias))
     angles = 7 * torch.rand(context, sums.pairs, generator=g).to(DEVICE)
-    found = kernels.cut(parts, form)
-    assert found is not None
-    return parts, Unrotated(*found, angles.cos(), angles.sin(), sums.is_interleaved)
+    return parts, Unrotated(parts, angles.cos(), angles.sin(), sums.is_interleaved)
 
 
 def check_rotation(gpu: Gpu, world: World, sums: Sums, num_parts: int | None = None) -> None:
@@ -340,13 +327,14 @@ def check_rotation(gpu: Gpu, world: World, sums: Sums, num_parts: int | None = N
     dims = form.num_heads, form.num_kv_heads, form.head_dim
     table = made_of.cos, made_of.sin
     q = Ops(gpu).rope_store(parts, dims, (None, None), other, (positions, slots), table, sums.is_interleaved)
-    expected = attend(q, *other, pages, form, world.sinks)
     if num_parts is None:
-        found = store_and_attend(made_of, *world.cache, pages, form, world.sinks)
+        expected = FLASH.attend(q, *other, pages, form, world.sinks)
+        found = FLASH.store_and_attend(made_of, *world.cache, pages, form, world.sinks)
     else:
-        found = torch.full_like(q, torch.nan)
-        launch = replace(kernels.decode_launch(form, len(lens), 36), num_parts=num_parts)
-        kernels.launch_decodes(Call(found, made_of, *world.cache, pages, form, world.sinks), launch)
+        found, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+        for out, what, cache in ((expected, q, other), (found, made_of, world.cache)):
+            call = Call(out, what, *cache, pages, form, world.sinks)
+            FLASH.launch_decodes(call, DecodeLaunch(1, 2, num_parts))
     assert torch.equal(found, expected)
     for mine, theirs in zip(world.cache, other, strict=True):
         assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
@@ -363,15 +351,12 @@ ROTATIONS = {
 }
 
 
-FLOAT16 = pytest.param(torch.float16, marks=needs_gpu)  # without one the next test will do
-BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_gpu)  # the interpreter cuts bits off where the device rounds
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ROTATIONS)
 def test_rows_that_are_rotated_and_stored_here(case: str, dtype: torch.dtype, gpu: Gpu) -> None:
     form, sums, has_sinks = ROTATIONS[case]
     check_rotation(gpu, build(form, [7, 1, 64, 70, 300], 32, dtype, has_sinks), sums)
+    check_rotation(gpu, build(form, [7, 130], 32, dtype, has_sinks), sums, 1)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
@@ -385,48 +370,13 @@ def test_sums_that_cannot_be_right() -> None:
     world = build(SMALL, [5], 16, torch.float16)
     pages, (_, made_of) = pages_of(world, [(0, 4, 5)]), unrotated(SMALL, Sums((8,), (2,), True, 8), 1, 5)
     for wrong, message in [
-        (replace(made_of, q=made_of.k), r"sums \(2, 1, 32\) for 1 rows of 64"),
-        (replace(made_of, v=made_of.v._replace(slices=made_of.v.slices.transpose(0, 1))), "sums"),
-        (replace(made_of, v=made_of.v._replace(slices=made_of.v.slices.half())), "float32"),
-        (replace(made_of, v=made_of.v._replace(bias=None)), "biases of only some"),
+        (replace(made_of, sums=made_of.sums[:0]), "128 columns are needed"),
+        (replace(made_of, sums=[Part(made_of.sums[0].slices[:, :, :64])]), "128 columns are needed"),
+        (replace(made_of, sums=[Part(made_of.sums[0].slices.half())]), "float32"),
         (replace(made_of, sin=made_of.sin[:, 1:]), "tables"),
     ]:
         with pytest.raises(ValueError, match=message):
-            store_and_attend(wrong, *world.cache, pages, SMALL)
-    assert not kernels.can_rotate(Form(15, 1, 16, 0.25))
-    assert kernels.can_rotate(Form(14, 1, 16, 0.25))
-
-
-def test_sums_that_are_cut_elsewhere_are_not_taken() -> None:
-    form = Form(4, 2, 16, 0.25)
-    for widths in ((2, 6), (5, 3), (4, 3, 1)):
-        assert kernels.cut([Part(torch.zeros(1, 1, n * 16), None) for n in widths], form) is None
-    mixed = [Part(torch.zeros(1, 1, 96), torch.zeros(96)), Part(torch.zeros(1, 1, 32), None)]
-    assert kernels.cut(mixed, form) is None
-
-
-@triton.jit
-def mark(pointers, mask):  # type: ignore[no-untyped-def]
-    tl.store(pointers, 1.0, mask=mask)
-
-
-@triton.jit
-def fetch_ahead(k, v, table, low, high):  # type: ignore[no-untyped-def]
-    attention_rotation.fetch_ahead(k, v, table, low, high, 96, 16, 64)
-
-
-@on_cpu
-def test_what_is_asked_for_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first 64 of positions 16 … 99: a number in each line of their keys and values, and of no others."""
-    monkeypatch.setattr(attention_rotation, "_prefetch", mark)
-    k, v, table = torch.zeros(9, 16, 2, 96), torch.zeros(9, 16, 2, 96), torch.tensor([3, 8, 1, 7, 2, 5, 0])
-    for high, count in ((100, 64), (30, 14), (16, 0)):
-        k.zero_(), v.zero_()
-        fetch_ahead[(1, 2)](k, v, table, 16, high)
-        lines = k.view(9, 16, 2, 3, 32)[table].flatten(0, 1)  # by position
-        assert lines[16 : 16 + count, ..., 0].all()
-        assert lines.sum() == count * 2 * 3
-        assert torch.equal(k, v)
+            FLASH.store_and_attend(wrong, *world.cache, pages, SMALL)
 
 
 def check_padding(world: World) -> None:
@@ -434,9 +384,9 @@ def check_padding(world: World) -> None:
     chunks = [(0, 0, 1), (1, len(world.q[1]) - 1, len(world.q[1])), (0, 0, 1)]
     pages = pages_of(world, chunks)
     q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
-    expected = attend(q, *world.cache, pages, world.form)
+    expected = FLASH.attend(q, *world.cache, pages, world.form)
     padded = replace(pages, context_lens=pages.context_lens * torch.tensor([0, 1, 0], device=DEVICE))
-    found = attend(q, *world.cache, padded, world.form)
+    found = FLASH.attend(q, *world.cache, padded, world.form)
     assert torch.equal(found[1], expected[1])
     assert not found[0].any()
     assert not found[2].any()
@@ -465,8 +415,7 @@ def test_close_to_float64_on_the_gpu(form: Form, dtype: torch.dtype) -> None:
 
 
 @on_gpu
-def test_float32_caches_and_long_contexts_on_the_gpu() -> None:
-    check_parity(build(QWEN, [1, 40, 300, 1025], 32, torch.float32))
+def test_long_contexts_on_the_gpu() -> None:
     check_parity(build(QWEN, [4100, 9000], 32, torch.float16))
 
 
@@ -522,7 +471,7 @@ def test_tiles_of_any_shape_give_the_same_bits(form: Form, dtype: torch.dtype) -
             continue
         out = torch.full_like(q, math.nan)
         call = Call(out, q, *world.cache, pages_of(world, chunks), form, None)
-        kernels.launch_prompts(call, Launch(rows, num_warps, num_stages))
+        kernels.launch_prompts(call, PromptLaunch(rows, num_warps, num_stages))
         assert torch.equal(out.nan_to_num(), expected.nan_to_num()), (rows, num_warps, num_stages)
 
 
@@ -535,10 +484,10 @@ def test_padding_and_a_captured_batch() -> None:
     chunks = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
     pages = pages_of(world, [chunks[0]] * 4, width)
     q = torch.cat([world.q[0][4:5]] * 4)
-    attend(q, *world.cache, pages, LLAMA)
+    FLASH.attend(q, *world.cache, pages, LLAMA)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend(q, *world.cache, pages, LLAMA)
+        out = FLASH.attend(q, *world.cache, pages, LLAMA)
     fresh = pages_of(world, chunks, width)
     q.copy_(torch.cat([world.q[s][-1:] for s in range(4)]))
     pages.context_lens.copy_(fresh.context_lens)

@@ -20,7 +20,7 @@ from worker_orcd.engine.runtime import Runtime
 from worker_orcd.engine.score import score
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.attention import Unrotated, store_and_attend
+from worker_orcd.kernels.attention import FlashAttention, Unrotated
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kv.paged import PagedAllocator
 from worker_orcd.kv.pool import KVShape, allocate_pool, eraser
@@ -40,7 +40,8 @@ def backend(gpu: Gpu) -> CudaBackend:
     return CudaBackend(gpu.device, gpu)
 
 
-def runtime_on(path: Path, backend: Backend, dtype: torch.dtype = torch.float32) -> Runtime:
+def runtime_on(path: Path, backend: Backend) -> Runtime:
+    dtype = torch.float32 if isinstance(backend, TorchBackend) else torch.float16
     gguf = GgufFile.open(path)
     spec = read_spec(gguf)
     weights = load_weights(gguf, tensor_table(spec, gguf.tensors), backend, 2**20, lambda *_: None)
@@ -93,11 +94,12 @@ def test_a_model_with_heads_for_the_tensor_cores(
     """
     steps: list[int] = []
 
-    def noted(made_of: Unrotated, *others: Any) -> Tensor:
-        steps.append(made_of.q.slices.shape[1])
-        return store_and_attend(made_of, *others)
+    def noted(self: FlashAttention, made_of: Unrotated, *others: Any) -> Tensor:
+        steps.append(made_of.sums[0].slices.shape[1])
+        return store_and_attend(self, made_of, *others)
 
-    monkeypatch.setattr("worker_orcd.backends.cuda.store_and_attend", noted)
+    store_and_attend = FlashAttention.store_and_attend
+    monkeypatch.setattr(FlashAttention, "store_and_attend", noted)
     path, ids = tiny.build(name, head_dim=32).write(tmp_path / "tiny.gguf"), [7 * i % 321 for i in range(20)]
     truth = score(runtime_on(path, TorchBackend(backend.device)), ids, 20)
     for chunk in (20, 9, 1):

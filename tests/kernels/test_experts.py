@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import tiled
 from worker_orcd.kernels.linear.plan import plan_linear
 from worker_orcd.kernels.ops import ops
-from worker_orcd.kernels.ops.experts import MAX_EXPERTS, ExpertOps, unit_rows
+from worker_orcd.kernels.ops.experts import MAX_EXPERTS, ExpertOps, Routing, unit_counts, unit_rows
 from worker_orcd.kernels.ops.ops import Ops
 from worker_orcd.quant.repack import pack
 
@@ -36,24 +37,68 @@ def expected_choice(scores: Tensor, used: int, over_chosen: bool) -> tuple[Tenso
     return order, (scores.gather(1, order) - over.logsumexp(1, keepdim=True)).exp()
 
 
+def check_places(routing: Routing, counts: list[int]) -> None:
+    """`counts`: the rows of each expert."""
+    places, experts = routing.places.tolist(), routing.experts.tolist()
+    assert len(set(places)) == len(places)
+    assert routing.num_places == sum(region.num_places for region in routing.regions)
+    units = [region.unit for region in routing.regions]
+    large, small = units[0], units[1] if len(units) > 1 else 0
+    rests = [small if 0 < n % large <= small else large if n % large else 0 for n in counts]
+    needed = {large: sum(n // large + (r == large) for n, r in zip(counts, rests, strict=True))}
+    if small:
+        needed[small] = rests.count(small)
+    for region in routing.regions:
+        owners = region.owners.tolist()
+        assert all(owner >= 0 for owner in owners[: needed[region.unit]]), "units in use come first"
+        assert owners[needed[region.unit] :] == [-1] * (len(owners) - needed[region.unit])
+        for place in range(region.first, region.first + region.num_places):
+            owner = owners[(place - region.first) // region.unit]
+            assert experts[place] == (owner if place in places else -1)
+
+
 @pytest.mark.parametrize(("num_experts", "used", "num_rows"), [(4, 1, 3), (32, 4, 9), (60, 4, 40), (200, 8, 5)])
 @pytest.mark.parametrize("over_chosen", [False, True])
 def test_route(num_experts: int, used: int, num_rows: int, over_chosen: bool, gpu: Gpu) -> None:
     scores = random(gpu, num_rows, num_experts)
     scores[0, 1] = scores[0].max()
     scores[0, 3] = scores[0, 1]  # equal: the lower index goes first
-    routing = ExpertOps(gpu, Ops(gpu)).route([ops.Part(scores[None])], num_experts, used, over_chosen)
+    experts = ExpertOps(gpu, Ops(gpu))
+    routing = experts.route([ops.Part(scores[None])], num_experts, used, over_chosen)
     order, weights = expected_choice(scores, used, over_chosen)
-    assert torch.equal(routing.experts.long()[routing.places.long()].view(num_rows, used), order)
     torch.testing.assert_close(routing.weights, weights)
-    places = routing.places.tolist()
-    assert len(set(places)) == num_rows * used
-    owners, experts = routing.owners.tolist(), routing.experts.tolist()
-    for place, expert in enumerate(experts):
-        assert expert == (owners[place // routing.unit] if place in places else -1)
-    assert sum(owner >= 0 for owner in owners) == sum(
-        -(-int(n) // routing.unit) for n in order.flatten().bincount() if n
-    )
+    counts = order.flatten().bincount(minlength=num_experts).tolist()
+    for sizes in ((0, 8), (8, 16), (8, 24)):
+        routing = experts.route([ops.Part(scores[None])], num_experts, used, over_chosen, sizes)
+        assert torch.equal(routing.experts.long()[routing.places.long()].view(num_rows, used), order)
+        check_places(routing, counts)
+
+
+def test_a_size_that_cannot_be_needed_has_no_places(gpu: Gpu) -> None:
+    scores = [ops.Part(random(gpu, 1, 10, 1))]
+    routing = ExpertOps(gpu, Ops(gpu)).route(scores, 1, 1, True, (16, 32))
+    assert [(region.unit, region.owners.tolist()) for region in routing.regions] == [(16, [0])]
+
+
+def splits(rows: int, experts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to share rows among experts, whose order does not matter."""
+    if experts == 1:
+        yield (rows,)
+        return
+    for last in range(rows // experts + 1):
+        yield from ((last, *(n + last for n in others)) for others in splits(rows - last * experts, experts - 1))
+
+
+@pytest.mark.parametrize(("small", "large"), [(0, 1), (0, 3), (1, 2), (2, 4), (1, 4), (2, 5)])
+def test_units_are_enough_however_rows_fall_and_no_more(small: int, large: int) -> None:
+    for pairs in range(18):
+        for num_experts in range(1, 5):
+            ways = [[(n // large, n % large) for n in counts] for counts in splits(pairs, num_experts)]
+            larges = max(sum(whole + (rest > small) for whole, rest in way) for way in ways)
+            smalls = max(sum(0 < rest <= small for _, rest in way) for way in ways)
+            most = unit_counts(pairs, num_experts, small, large)
+            assert most[1] == larges
+            assert smalls <= most[0]
 
 
 def test_a_row_of_no_numbers_gets_experts_all_the_same(gpu: Gpu) -> None:
@@ -118,7 +163,7 @@ def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
         ops_ = Ops(gpu)
         experts, x = ExpertOps(gpu, ops_), random(gpu, 40, 1024)
         routing = experts.route([ops.Part(random(gpu, 1, 40, 4))], 4, 4, True)
-        assert routing.unit == 32
+        assert [region.unit for region in routing.regions] == [32]
         tiles = pack(random_raw(GgmlType.Q8_0, 64, 1024), GgmlType.Q8_0, (64, 1024))
         matrix = replace(tiled(tiles, GgmlType.Q8_0, (16, 1024), 4), plan=plan_linear(16, 1024, GgmlType.Q8_0, 1))
         given = experts.multiply(experts.spread(ops_.to_image(x), routing), matrix, None, routing)
@@ -127,8 +172,9 @@ def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
 
 
 def test_units_hold_about_what_an_expert_has() -> None:
-    assert [unit_rows(pairs, 32, True) for pairs in (4, 128, 129, 512, 1024, 8192)] == [8, 8, 16, 24, 48, 128]
-    assert [unit_rows(pairs, 32, False) for pairs in (4, 129, 512, 8192)] == [8, 16, 32, 32]
+    found = [unit_rows(pairs, 32, True) for pairs in (4, 128, 129, 256, 320, 512, 768, 1024, 8192)]
+    assert found == [(0, 8), (0, 8), (0, 16), (0, 16), (16, 32), (16, 32), (24, 48), (32, 64), (64, 128)]
+    assert [unit_rows(pairs, 32, False) for pairs in (4, 129, 512, 8192)] == [(0, 8), (0, 16), (0, 32), (0, 32)]
 
 
 def test_what_does_not_match_is_refused_before_a_launch(gpu: Gpu) -> None:

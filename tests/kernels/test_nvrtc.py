@@ -36,12 +36,12 @@ TINY = 'extern "C" __global__ void one(int* x) { *x = 1; }'
 @EVERY_CARD
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
-    """The variants of a layer's matrix; on Hopper both kernels."""
+    """The variants of a layer's matrix, or one of each kernel; Hopper has two."""
     plan = plan_linear(4096, 4096, kind)
     variants = plan.variants(CARDS[arch])
     assert {type(v) for v in variants} == ({FewTokens, ManyTokens} if arch == "sm_90a" else {FewTokens})
     if kind not in EVERY_VARIANT:  # decoders are few lines; what surrounds them is the same for all
-        variants = {plan.variant(num_tokens, CARDS[arch]) for num_tokens in (1, 256)}
+        variants = {plan.variant(num_tokens, CARDS[arch]) for num_tokens in (1, 256)[: len({*map(type, variants)})]}
     for variant in variants:
         source, name = kernel_of(kind, variant)
         code = nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
@@ -49,8 +49,9 @@ def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
         assert name.encode() in code
 
 
-@pytest.mark.parametrize("num_rows", [32, 256])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "clamped"])
+@pytest.mark.parametrize(
+    ("num_rows", "activation"), [(32, "silu"), (64, "gelu"), (256, "gelu_tanh"), (64, "clamped")]
+)
 def test_a_matmul_with_an_activation_compiles(num_rows: int, activation: str) -> None:
     plan = plan_linear(28672, 4096, GgmlType.Q4_K)
     variant = plan.activated(plan.variant(num_rows, CARDS["sm_90a"]), activation)

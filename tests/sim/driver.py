@@ -89,6 +89,7 @@ class World:
         scope = {"model": "m"}
         self.core = EngineCore(self.step, self.limits, frozenset({EOS}), scope, lambda: self.step.clock_s)
         self.streams: dict[int, Stream] = {}
+        self.open: dict[int, Stream] = {}  # those of the streams that have not ended
         self.trace = hashlib.sha256()
         self.tick_number = self.last_progress = self.num_preempted = self.num_evicted = 0
         self.pause, self.longest_queue = rng.choice([0.0, 0.3, 0.8]), rng.choice([1, 4, 32])
@@ -125,7 +126,7 @@ class World:
 
     def _work(self) -> int:
         """Ticks in which all open requests are through, one after the other, a token a tick."""
-        return 3 + sum(stream.truth.longest + 3 for stream in self.streams.values() if stream.ended < 0)
+        return 3 + sum(stream.truth.longest + 3 for stream in self.open.values())
 
     def _submit(self) -> None:
         rng, context = self.rng, self.limits.context_length
@@ -147,7 +148,8 @@ class World:
         if misfit:
             stream.excuses.add("INVALID_REQUEST")
         stream.fair_wait = self._work()
-        self.streams[number], self.step.truths[number] = stream, truth
+        self.streams[number] = self.open[number] = stream
+        self.step.truths[number] = truth
         self.core.submit(number, request)
 
     def _disturb(self) -> None:
@@ -186,13 +188,13 @@ class World:
             self.streams[number].excuses.add(code)
         for number, event in output.events:
             self.streams[number].hear(event, self.tick_number, self.step.clock_s)
+        self.open = {number: stream for number, stream in self.open.items() if stream.ended < 0}
         self.trace.update(repr(output).encode())
         faulted = {number for number, _ in self.step.excused}
-        for number, stream in self.streams.items():
-            if stream.ended < 0:
-                require(began_s < stream.deadline_s, "its time is over, and it goes on")
-                require(not stream.excuses & {"CANCELLED", "SHUTTING_DOWN"}, "P11: a cancelled request goes on")
-                require(number not in faulted, "P18: a request goes on after its fault")
+        for number, stream in self.open.items():
+            require(began_s < stream.deadline_s, "its time is over, and it goes on")
+            require(not stream.excuses & {"CANCELLED", "SHUTTING_DOWN"}, "P11: a cancelled request goes on")
+            require(number not in faulted, "P18: a request goes on after its fault")
         self._check_cache()
         self._check_fairness(output)
         if output.stats is not None:
@@ -226,18 +228,16 @@ class World:
         for seq in (*self.core._scheduler.waiting, *self.core._scheduler.running):
             require(seq.num_preempted <= scheduler.MAX_PREEMPTED, "P17: preempted too often")
         for number, _, _ in self.step.starts:
-            for other in range(number):
-                stream = self.streams[other]
-                stream.num_overtaken += stream.ended < 0 and other not in self.step.held
+            for other, stream in self.open.items():
+                stream.num_overtaken += other < number and other not in self.step.held
                 require(stream.num_overtaken <= scheduler.MAX_OVERTAKEN, "P17: overtaken too often")
         for number, event in output.events:
             if isinstance(event, Started) and number in self.step.held:
                 self._check_order(number)
         if self.limits.policy == "fcfs" and "full at start" not in self.has:
-            for stream in self.streams.values():
+            for stream in self.open.values():
                 waited = self.tick_number - stream.submitted
-                has_waited = stream.started < 0 and stream.ended < 0
-                require(not has_waited or waited <= 3 * stream.fair_wait, "P17: waits beyond its fair share")
+                require(stream.started >= 0 or waited <= 3 * stream.fair_wait, "P17: waits beyond its fair share")
 
     def _check_order(self, number: int) -> None:
         """Nobody who should have gone first still waits to begin, unless `number` had waited long enough."""
@@ -246,24 +246,19 @@ class World:
             ranks = {"fcfs": 0, "priority": request.priority, "shortest-prompt-first": len(request.prompt_ids)}
             return ranks[self.limits.policy]
 
-        for other, stream in self.streams.items():
-            if (
-                stream.started < 0
-                and stream.ended < 0
-                and self.step.held[number].num_overtaken < scheduler.MAX_OVERTAKEN
-            ):
+        for other, stream in self.open.items():
+            if stream.started < 0 and self.step.held[number].num_overtaken < scheduler.MAX_OVERTAKEN:
                 mine, theirs = (order(self.streams[number].request), number), (order(stream.request), other)
                 require(mine < theirs, f"P17: {number} is begun before {other}")
 
     def _check_stats(self, stats: StepStats) -> None:
         """I20: what is exported equals what is seen from outside."""
         plan, step = self.step.plans[0] if self.step.plans else [], self.step
-        num_open = sum(stream.ended < 0 for stream in self.streams.values())
         self.num_preempted += stats.num_preempted
         self.num_evicted += stats.num_evicted
         seen = (stats.num_running + stats.num_waiting, stats.blocks_used, stats.blocks_cached, self.num_evicted)
         held = {block for seq in step.held.values() for block in step.table(seq).blocks}
-        is_so = (num_open, len(held), self.allocator.num_idle(), self.allocator.num_evicted)
+        is_so = (len(self.open), len(held), self.allocator.num_idle(), self.allocator.num_evicted)
         require(seen == is_so, f"I20: {seen} are exported, {is_so} is so")
         require(self.num_preempted == self.core._scheduler.num_preempted, "I20: a preemption is not counted")
         prompts, cached = (sum(column) for column in list(zip((0, 0, 0), *step.starts, strict=True))[1:])
@@ -273,7 +268,7 @@ class World:
 
     def _check_idle(self) -> None:
         """I21, P12."""
-        require(all(stream.ended >= 0 for stream in self.streams.values()), "I19: a stream without an end")
+        require(not self.open, "I19: a stream without an end")
         require(self.core.check() == "", f"I21: {self.core.check()}")
         require(not self.step.held and not self.step.in_flight, "I21: someone still holds blocks")
         self.core.drop_cache()

@@ -17,7 +17,7 @@ from worker_orcd.kv.allocator import ContiguousAllocator
 @pytest.mark.parametrize("first", range(0, 300, 50))
 def test_promises_hold_in_random_worlds(first: int) -> None:
     for seed in range(first, first + 50):
-        simulate(seed)
+        simulate(seed, num_requests=120)
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -34,7 +34,7 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.attention import Form, decode_launch, partial_elems
 from worker_orcd.kernels.gpu import Card
 from worker_orcd.kernels.linear.plan import choose_expert_slices, choose_slices, plan_linear
-from worker_orcd.kernels.ops.experts import unit_rows
+from worker_orcd.kernels.ops.experts import unit_counts, unit_rows
 from worker_orcd.kernels.ops.ops import image_shape
 from worker_orcd.kv.paged import PagedAllocator
 from worker_orcd.kv.pool import KVShape, allocate_pool
@@ -79,7 +79,7 @@ def test_operands_and_partial_results_have_the_kernels_sizes() -> None:
         form, planned = Form(num_heads, num_kv_heads, 64, 1.0), 0
         dims = dims_of(num_heads=num_heads, num_kv_heads=num_kv_heads, max_batch=max_batch, context_length=8192)
         for num_seqs in range(1, max_batch + 1):
-            if decode_launch(form, num_seqs, 32).num_parts > 1:
+            if decode_launch(form, num_seqs, 32, Card(has_wgmma=True, shared_bytes=227 * 1024)).num_parts > 1:
                 planned = max(planned, 4 * partial_elems(form, num_seqs, 32))
         assert planned == attention_partial_bytes(dims)
 
@@ -88,8 +88,11 @@ def test_constants_are_those_of_engine_and_kernels() -> None:
     assert (workspace.GRAPH_ROWS, workspace.SCORE_ROWS) == (graphs.ROWS, scheduler.SCORE_ROWS)
     assert (workspace.GRAPH_TOKENS, workspace.GRAPH_GROWTH) == (graphs.WIDTH_TOKENS, graphs.WIDTH_GROWTH)
     for has_wgmma in (False, True):
-        for pairs in (1, 32, 33, 64, 128, 129, 256, 257, 1000):
-            assert unit_rows(pairs, 8, has_wgmma) == workspace.expert_unit(pairs, 8, has_wgmma)
+        for pairs in (1, 32, 33, 64, 128, 129, 256, 257, 384, 385, 1000, 5000):
+            small, large = unit_rows(pairs, 8, has_wgmma)
+            assert large == workspace.expert_unit(pairs, 8, has_wgmma)
+            smalls, larges = unit_counts(pairs, 8, small, large)
+            assert smalls * small + larges * large < pairs + 8 * large, "what is planned"
 
 
 def dims_of(**given: int) -> Dims:
@@ -129,7 +132,8 @@ def test_a_step_holds_what_is_planned(case: str, tmp_path: Path) -> None:
     built = tiny.build(case, **sizes) if case == "llama" else tiny_moe.build(case)
     config = WorkerConfig(model=built.write(tmp_path / "tiny.gguf"), max_batch=1, max_tokens_per_step=64,
                           context_length=64)  # fmt: skip
-    blueprint, gpu = draw_up(config), EmulatedGpu()
+    blueprint = draw_up(config)
+    gpu = EmulatedGpu() if case == "llama" else EmulatedGpu(has_wgmma=True, shared_bytes=227 * 1024)
     gguf, spec = blueprint.gguf, blueprint.spec
     backend, table = CudaBackend(gpu.device, gpu), tensor_table(spec, gguf.tensors)
     adapter = assemble._adapter(spec)(spec, load_weights(gguf, table, backend, 2**20, lambda *_: None), backend, 64)

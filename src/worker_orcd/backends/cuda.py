@@ -30,16 +30,7 @@ from worker_orcd.backends.batch import AttnBatch, Batch, LayerKV
 from worker_orcd.backends.torch_ref import BasicAttention, normalize, sigmoid
 from worker_orcd.errors import InsufficientVram
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.attention import (
-    Form,
-    Pages,
-    Unrotated,
-    attend,
-    can_rotate,
-    cut,
-    store_and_attend,
-    takes,
-)
+from worker_orcd.kernels.attention import FlashAttention, Form, Pages, Unrotated, can_rotate, takes
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, tiled
 from worker_orcd.kernels.linear.plan import choose_expert_slices, plan_linear
@@ -70,6 +61,7 @@ class CudaBackend:
         self.device, self._gpu = gpu.device, gpu
         self._ops, self._linear = Ops(gpu), Linear(gpu)
         self._experts = ExpertOps(gpu, self._ops)
+        self._flash = FlashAttention(gpu, self._ops)
         self._basic: AttentionKernel = BasicAttention()
         check_equal_bits(self._linear, self._ops, self.device)
 
@@ -145,7 +137,7 @@ class CudaBackend:
         made_of = _unrotated(qkv, heads, rope, spec, batch)
         if made_of is not None:
             image = self._ops.image(len(batch.slots), spec.num_heads * spec.head_dim)
-            store_and_attend(made_of, kv.k, kv.v, _pages(batch.attn), _form(spec), spec.sinks, image)
+            self._flash.store_and_attend(made_of, kv.k, kv.v, _pages(batch.attn), _form(spec), spec.sinks, image)
             return _operand(image, len(batch.slots), spec.num_heads * spec.head_dim)
         q = self._rope_and_store(qkv, heads, kv, batch, rope)
         if spec.query_scales is not None:
@@ -174,7 +166,7 @@ class CudaBackend:
             found = self._basic(q, kv, batch, spec).flatten(1)
             return _operand(self._ops.to_image(found), len(q), width)
         image = self._ops.image(len(q), width)
-        attend(q, kv.k, kv.v, _pages(batch), _form(spec), spec.sinks, image)
+        self._flash.attend(q, kv.k, kv.v, _pages(batch), _form(spec), spec.sinks, image)
         return _operand(image, len(q), width)
 
     def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
@@ -188,12 +180,14 @@ class CudaBackend:
 
     def experts(self, x: Operand, experts: Experts) -> Sums:
         scores = _parts(self.linear(x, experts.router))
-        routing = self._experts.route(scores, experts.num_experts, experts.num_used, experts.is_normalized)
+        ahead = _own_matrix(experts.gate_up[0][0], experts).tiles
+        dims = experts.num_experts, experts.num_used
+        routing = self._experts.route(scores, *dims, experts.is_normalized, ahead=ahead)
         spread = self._experts.spread(x.data, routing)
         image = self._up(spread, experts, routing)
         ((down, bias),) = experts.down
         given = self._experts.multiply(image, _own_matrix(down, experts), bias, routing)
-        y = self._experts.combine(given, routing)
+        y = self._experts.combine(given, routing, (spread, image))
         shared = self._shared(x, experts)
         return (base.Part(y[None] if shared is None else torch.stack([y, shared]), None),)
 
@@ -224,12 +218,11 @@ def _matrix(weight: base.PackedWeight) -> TiledMatrix:
 
 def _unrotated(qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, batch: Batch) -> Unrotated | None:
     """What attention of single rows can add up, rotate and store itself."""
-    form, is_decode = _form(spec), len(batch.slots) == len(batch.attn.context_lens)  # a sequence has at least one row
+    is_decode = len(batch.slots) == len(batch.attn.context_lens)  # a sequence has at least one row
     has_more = any(x is not None for x in (heads.q_norm, heads.k_norm, spec.query_scales))
-    if has_more or not (is_decode and can_rotate(form)):
+    if has_more or not (is_decode and can_rotate(spec.head_dim, rope.cos.shape[1])):
         return None
-    sums = cut(_parts(qkv), form)
-    return None if sums is None else Unrotated(*sums, rope.cos, rope.sin, rope.style == "interleaved")
+    return Unrotated(_parts(qkv), rope.cos, rope.sin, rope.style == "interleaved")
 
 
 def _form(spec: AttnSpec) -> Form:

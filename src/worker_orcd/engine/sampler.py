@@ -288,8 +288,7 @@ class Sampler:
         mine = logits if group.places is None else logits[group.places]
         if group.program == KERNEL:
             assert self._kernel is not None
-            table = group.table(logits.device)
-            return Choice(self._kernel(mine, table, place, group.is_greedy))
+            return Choice(self._kernel(mine, group.table(logits.device), place, group.is_greedy))
         batch = SamplingBatch.of(group.rows, last_sampled, logits.device, group.program, self._eog_ids)
         ids, is_finite, *surprise = self.sample(mine, batch)
         return Choice(torch.stack([ids, is_finite.long()]), *surprise)
@@ -376,8 +375,7 @@ def filtered(scores: Tensor, weights: Tensor, batch: SamplingBatch) -> Tensor:
     order = scores.argsort(dim=-1, descending=True, stable=True)
     ordered = weights.gather(-1, order)
     rank = torch.arange(weights.shape[-1], device=weights.device)
-    in_top_k = rank < batch.top_k
-    ordered = ordered * in_top_k
+    ordered = ordered * (rank < batch.top_k)
     before = ordered.cumsum(-1) - ordered  # the mass of everything likelier
     is_off = batch.top_p >= 1.0  # said, not computed: float64 rounds the sums of a large vocabulary
     is_kept = is_off | (before < batch.top_p * ordered.sum(-1, keepdim=True))

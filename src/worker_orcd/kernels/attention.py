@@ -1,43 +1,48 @@
-"""Attention over a paged cache, in Triton: softmax(q·kᵀ·scale)·v with a running maximum (arXiv:2205.14135).
+"""Attention over a paged cache: softmax(q·kᵀ·scale)·v with a running maximum (arXiv:2205.14135).
 
-Rows: the G = Hq / Hk query heads that share a key/value head are packed with as many queries as fit into ROWS rows.
-Order, the same for every row whatever its company: keys go TILE at a time; SPLIT keys, cut at multiples of SPLIT of
-the absolute position, give one partial (peak, total, acc); partials are folded in index order. Keys a row may not see
+Rows: query heads that share a key/value head are packed, with as many queries as fit, into the rows of a tile. Order,
+the same for every row whatever its company: keys go TILE at a time; SPLIT keys, cut at multiples of SPLIT of the
+absolute position, give one partial (peak, total, acc); partials are folded in index order. Keys a row may not see
 leave its state as it was, bit for bit, so it does not matter which tiles its neighbours need.
 
-    prompt  a program takes ROWS rows of one sequence through all of their splits; the grid is an upper bound made of
-            host integers, and programs beyond the last row leave at once
-    decode  sequences with one query. Few of them: programs share the splits of a row and write the partials, a
-            second kernel folds them. Many: one program per row folds its own. Same bits. When all sequences of a
-            step have one, it can begin with what comes before: add up the projection's sums, rotate, store.
+    prompt  in Triton: a program takes a tile of rows of one sequence through all of their splits; the grid is an
+            upper bound made of host integers, and programs beyond the last row leave at once
+    decode  ops/decode.cu: sequences with one query. Few of them: blocks share the splits of a row and write the
+            partials, another kernel folds them. Many: one block per row folds its own. When all sequences of a step
+            have one, it can begin with what comes before: add up the projection's sums, rotate, store.
 
-Products have 16-bit operands and a float32 sum on the tensor cores (a float32 cache: plain float32); the sum of the
+Both give a row the same bits. Products have 16-bit operands and a float32 sum on the tensor cores; the sum of the
 weights is such a product too, with a matrix of ones, because a sum over lanes would depend on how a tile is spread
-over warps. Fused multiply-adds are written out and the compiler's own are off, so that both forms round alike.
+over warps. Fused multiply-adds are written out and the compiler's own are off, so that both round alike.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, decode_kernel, fold_kernel, prompt_kernel
-from worker_orcd.kernels.attention_rotation import MOST_SLICES
-from worker_orcd.kernels.driver import divide_l1
-from worker_orcd.kernels.ops.ops import Part
+from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, fold_kernel, prompt_kernel
+from worker_orcd.kernels.driver import Argument, divide_l1
+from worker_orcd.kernels.gpu import Card, Gpu, Work
+from worker_orcd.kernels.linear.plan import MULTIPROCESSORS
+from worker_orcd.kernels.ops.ops import KV_BITS, Ops, Part, slices_ahead
+from worker_orcd.kernels.source import Source, defined
 
-DECODE_ROWS = 16  # the fewest rows of a tensor core product
+DECODE_ROWS = 8  # query heads of a block
 UNROLL = 8  # partials loaded at once when they are folded
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
-KV_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-PROGRAMS = 512  # decode programs wanted: as many as an H200 holds at once; measured
-AHEAD = 256  # keys a program asks L2 for before it may begin; fewer where many programs would fill L2
+WIDE_HEAD = 128  # numbers; beyond, tiles have half as many keys
+KV_TYPES = (torch.float16, torch.bfloat16)
+PROGRAMS = 512  # decode blocks wanted
+SHARED_PER_SM, BLOCK_RESERVE = 227 * 1024, 1024  # bytes, of which blocks of a multiprocessor take a part each
+MOST_SLOTS = 8  # a split of keys and values
+MOST_WARPS, FEW_BLOCKS = 4, 3  # of a block; on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -70,183 +75,30 @@ class Pages:
 
 @dataclass(frozen=True)
 class Unrotated:
-    """What q, k and v are made of, for steps in which every sequence has one row: its last position.
+    """What q, k and v are made of, for steps in which every sequence has one row: its last position."""
 
-    Slices may be columns of a contiguous tensor.
-    """
-
-    q: Part
-    k: Part
-    v: Part
+    sums: Sequence[Part]  # of q, k and v side by side
     cos: Tensor  # f32 [context, pairs]: row p holds the angles of position p
     sin: Tensor
     is_interleaved: bool  # pairs are (2i, 2i + 1), not (i, i + pairs)
 
-    @property
-    def sums(self) -> tuple[Part, Part, Part]:
-        return self.q, self.k, self.v
-
-    @property
-    def rotation(self) -> tuple[int, bool, int]:
-        """Pairs that turn, whether they are interleaved, the most slices, rounded up: each is a kernel of its own."""
-        most = max(len(part.slices) for part in self.sums)
-        step = min(MOST_SLICES.value, triton.next_power_of_2(most))
-        return self.cos.shape[1], self.is_interleaved, triton.cdiv(most, step) * step
-
 
 @dataclass(frozen=True)
-class Launch:
+class PromptLaunch:
     """How a kernel is run; nothing in it changes a bit of the result."""
 
     rows: int
     num_warps: int
     num_stages: int
-    num_parts: int = 1  # programs that share the splits of one row
-    max_registers: int | None = None  # of a thread
-    ahead: int = 0  # keys a decode asks L2 for before it may begin; a power of two, or 0
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, pages: Pages, form: Form, sinks: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """q [T, Hq, D] over k, v [blocks, block_size, Hk, D] → [T, Hq, D], float32. Never waits for the device.
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How a kernel is run; nothing in it changes a bit of the result."""
 
-    sinks [Hq] f32: a logit per head that takes part in the sum of weights and has no value. `out` may be an image,
-    bf16 [pieces, groups, 8, 64]: heads side by side in the order of the matmuls, zeros after the last. Raises
-    ValueError before a launch that cannot be right.
-    """
-    _check_form(form)
-    _check_cache(k, v, form)
-    _check_rows(q, pages, form, sinks, out)
-    _check_memory(q, (k, v), pages, [x for x in (sinks, out) if x is not None])
-    call = Call(torch.empty_like(q) if out is None else out, q, k, v, pages, form, sinks)
-    if q.shape[0] > call.num_seqs:
-        launch_prompts(call, prompt_launch(form))
-    if call.num_seqs > 1 or q.shape[0] == 1:
-        launch_decodes(call, decode_launch(form, call.num_seqs, call.max_splits, k.element_size()))
-    return call.out
-
-
-def store_and_attend(
-    made_of: Unrotated, k: Tensor, v: Tensor, pages: Pages, form: Form, sinks: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """As `attend`, for rows that are first added up, rotated and stored: one kernel instead of two, the same bits.
-
-    A sequence whose context length is 0 stores nothing. Raises ValueError before a launch that cannot be right, and
-    where `can_rotate` is False.
-    """
-    num_seqs = len(pages.context_lens)
-    _check_form(form)
-    _check_cache(k, v, form)
-    _check_made_of(made_of, num_seqs, form)
-    q = made_of.q.slices[0].view(num_seqs, form.num_heads, form.head_dim)  # as large as the queries
-    out = q.new_empty(q.shape) if out is None else out
-    _check_rows(q, pages, form, sinks, out)
-    biases = [part.bias for part in made_of.sums]
-    others = [x for x in (made_of.sin, sinks, out, *biases) if x is not None]
-    _check_memory(made_of.cos, (k, v), pages, others)
-    call = Call(out, made_of, k, v, pages, form, sinks)
-    launch_decodes(call, decode_launch(form, num_seqs, call.max_splits, k.element_size()))
-    return out
-
-
-def cut(parts: Sequence[Part], form: Form) -> tuple[Part, Part, Part] | None:
-    """The sums of q, k and v, which stand side by side in one to three parts.
-
-    None when a part ends within one of them, or has a bias and another none.
-    """
-    found, rest = [], list(parts)
-    for heads in (form.num_heads, form.num_kv_heads, form.num_kv_heads):
-        width, (slices, bias) = heads * form.head_dim, (rest[0].slices, rest[0].bias)
-        if slices.shape[2] < width or (bias is None) != (parts[0].bias is None):
-            return None
-        found.append(Part(slices[:, :, :width], None if bias is None else bias[:width]))
-        rest[:1] = [Part(slices[:, :, width:], None if bias is None else bias[width:])]
-        if slices.shape[2] == width:
-            del rest[0]
-    return found[0], found[1], found[2]
-
-
-def can_rotate(form: Form) -> bool:
-    """Whether `store_and_attend` takes heads like these: a program's rows must have room for a key and a value."""
-    return takes(form.head_dim) and form.group + 2 <= _decode_rows(form)
-
-
-def takes(head_dim: int) -> bool:
-    """Whether heads are of a size that the tensor cores can take."""
-    return 0 < head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
-
-
-def _check_form(form: Form) -> None:
-    dim, heads, kv_heads = form.head_dim, form.num_heads, form.num_kv_heads
-    if not takes(dim):
-        raise ValueError(f"heads of {dim} numbers: a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM} is needed")
-    if min(heads, kv_heads) < 1 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
-    if not form.scale > 0:
-        raise ValueError(f"a scale of {form.scale}: it must be above 0")
-
-
-def _check_made_of(made_of: Unrotated, num_rows: int, form: Form) -> None:
-    sums, widths = made_of.sums, [n * form.head_dim for n in (form.num_heads, form.num_kv_heads, form.num_kv_heads)]
-    for part, width in zip(sums, widths, strict=True):
-        slices, bias = part.slices, part.bias
-        if slices.shape[1:] != (num_rows, width) or (bias is not None and bias.shape != (width,)):
-            raise ValueError(f"sums {tuple(slices.shape)} for {num_rows} rows of {width} numbers, or their bias")
-        row = slices.stride(1)
-        if slices.dtype != torch.float32 or slices.stride() != (num_rows * row, row, 1):
-            raise ValueError(f"sums of {slices.dtype}, strides {slices.stride()}: columns of float32 rows are needed")
-    if len({part.bias is None for part in sums}) > 1 or not can_rotate(form):
-        raise ValueError(f"biases of only some sums, or {form.group} query heads for a key head, cannot be taken")
-    cos, sin = made_of.cos, made_of.sin
-    if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > form.head_dim:
-        raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} for heads of {form.head_dim}")
-
-
-def _check_cache(k: Tensor, v: Tensor, form: Form) -> None:
-    if k.shape != v.shape or k.ndim != 4 or k.shape[2:] != (form.num_kv_heads, form.head_dim):
-        heads = f"{form.num_kv_heads} heads of {form.head_dim}"
-        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} for {heads}")
-    if not 0 < k.shape[1] <= SPLIT.value or SPLIT.value % k.shape[1]:
-        raise ValueError(f"blocks of {k.shape[1]} tokens: a divisor of {SPLIT.value} is needed")
-    if k.dtype != v.dtype or k.dtype not in KV_TYPES:
-        raise ValueError(f"keys of {k.dtype} and values of {v.dtype}; one of {KV_TYPES} is needed")
-
-
-def _check_rows(q: Tensor, pages: Pages, form: Form, sinks: Tensor | None, out: Tensor | None) -> None:
-    starts, lens, table = pages.query_starts, pages.context_lens, pages.block_table
-    if q.ndim != 3 or q.shape[1:] != (form.num_heads, form.head_dim):
-        raise ValueError(f"queries {tuple(q.shape)} for {form.num_heads} heads of {form.head_dim}")
-    if starts.shape != (len(lens) + 1,) or table.ndim != 2 or len(table) != len(lens):
-        raise ValueError(f"{len(starts)} starts and a block table {tuple(table.shape)} for {len(lens)} sequences")
-    if sinks is not None and sinks.shape != (form.num_heads,):
-        raise ValueError(f"sinks {tuple(sinks.shape)} for {form.num_heads} heads")
-    if out is not None and not _has_room(out, q):
-        raise ValueError(f"{out.dtype} {tuple(out.shape)} has no room for {tuple(q.shape)}")
-
-
-def _check_memory(q: Tensor, cache: tuple[Tensor, Tensor], pages: Pages, others: list[Tensor]) -> None:
-    integers = (pages.query_starts, pages.context_lens, pages.block_table)
-    if q.dtype != torch.float32 or any(x.dtype != torch.int64 for x in integers):
-        raise ValueError(
-            f"queries of {q.dtype} and integers of {[x.dtype for x in integers]}; float32 and int64 are needed"
-        )
-    for x in (*cache, *integers, *others):
-        if x.device != q.device:
-            raise ValueError(f"a tensor lies on {x.device}, not on {q.device}")
-    if not all(x.is_contiguous() for x in (q, *cache, *integers, *others)):
-        raise ValueError("queries, cache and integers must be contiguous")
-
-
-def _has_room(out: Tensor, q: Tensor) -> bool:
-    """Whether `out` is as large as the queries, or an image of as many rows."""
-    width = q.shape[1] * q.shape[2]
-    if out.ndim != 4:
-        return out.shape == q.shape and out.dtype == q.dtype
-    if out.dtype != torch.bfloat16:
-        return False
-    return out.shape[0] * 64 >= width and out.shape[1] * 8 >= len(q) and out.shape[2:] == (8, 64)
+    num_warps: int  # of a block
+    num_slots: int  # tiles of keys or values on their way or at work
+    num_parts: int = 1  # blocks that share the splits of one row
 
 
 @dataclass(frozen=True)
@@ -281,61 +133,241 @@ class Call:
         positions = self.pages.block_table.shape[1] * self.k.shape[1]
         return triton.cdiv(positions, SPLIT.value)  # type: ignore[no-any-return]
 
+    @property
+    def factor(self) -> float:
+        """Of scores: to the base 2 unless there is a soft cap, else divided by it."""
+        form = self.form
+        return form.scale / form.soft_cap if form.soft_cap else form.scale * LOG2_E.value
 
-def prompt_launch(form: Form) -> Launch:
-    stages = 5 if form.head_dim <= 64 else 3
-    return Launch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= 128 else 8, stages)
-
-
-def decode_launch(form: Form, num_seqs: int, max_splits: int, itemsize: int = 2) -> Launch:
-    """itemsize: bytes of a number in the cache. `benchmarks/bench_attention.py --sweep` compares it with others.
-
-    A stage goes to the block table, which must be there before the keys it leads to: with 3 stages the next tile is
-    asked for once this one is used up, with 5 meanwhile. Few programs need that; many hide each other's waits, and
-    the more of them a multiprocessor holds the better: with 128 registers a thread PROGRAMS of four warps are one
-    wave. Beyond that two warps do for each.
-    """
-    rows = _decode_rows(form)
-    num_parts = max(1, min(max_splits, PROGRAMS // (num_seqs * form.num_kv_heads)))
-    programs, is_narrow = num_seqs * form.num_kv_heads * num_parts, form.head_dim <= 128
-    if programs > PROGRAMS:
-        return Launch(rows, 2 if is_narrow else 4, 3, num_parts, ahead=AHEAD // 4)
-    if programs > PROGRAMS // 2:
-        return Launch(rows, 4, 3, num_parts, 128 if is_narrow and rows == DECODE_ROWS else None, AHEAD // 4)
-    fits = rows <= 2 * DECODE_ROWS and itemsize <= 2  # two more tiles in the 99 KiB that the smaller GPUs have
-    return Launch(rows, 4, 5 if fits else 3, num_parts, ahead=AHEAD if programs <= PROGRAMS // 4 else AHEAD // 2)
+    @property
+    def numbers(self) -> ctypes.Structure:
+        """As decode.cu takes them."""
+        form, half, is_interleaved = self.form, 0, False
+        if isinstance(self.q, Unrotated):
+            half, is_interleaved = self.q.cos.shape[1], self.q.is_interleaved
+        table_width = self.pages.block_table.shape[1]
+        integers = form.num_heads, form.num_kv_heads, form.window, table_width, half, is_interleaved
+        return _Numbers(*integers, self.image_groups, self.image_pad, self.factor, form.soft_cap)
 
 
-def _decode_rows(form: Form) -> int:
-    return max(DECODE_ROWS, triton.next_power_of_2(form.group))  # type: ignore[no-any-return]
+class _Numbers(ctypes.Structure):
+    _fields_ = (*((f"i{n}", ctypes.c_int) for n in range(8)), ("factor", ctypes.c_float), ("cap", ctypes.c_float))
 
 
-def launch_prompts(call: Call, launch: Launch) -> None:
-    """Rows of all sequences that have more than one."""
-    assert isinstance(call.q, Tensor)
-    num_tiles = call.q.shape[0] // (launch.rows // call.form.group) + call.num_seqs
-    _launch(prompt_kernel, call, launch, (num_tiles, call.form.num_kv_heads, 1), (call.num_seqs,), ())
+class FlashAttention:
+    """The kernels on one GPU."""
+
+    def __init__(self, gpu: Gpu, ops: Ops) -> None:
+        self._gpu, self._ops = gpu, ops
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pages: Pages, form: Form, sinks: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """q [T, Hq, D] over k, v [blocks, block_size, Hk, D] → [T, Hq, D], float32. Never waits for the device.
+
+        sinks [Hq] f32: a logit per head that takes part in the sum of weights and has no value. `out` may be an
+        image, bf16 [pieces, groups, 8, 64]: heads side by side in the order of the matmuls, zeros after the last.
+        Raises ValueError before a launch that cannot be right.
+        """
+        _check_form(form)
+        _check_cache(k, v, form)
+        if q.shape[1:] != (form.num_heads, form.head_dim) or q.ndim != 3:
+            raise ValueError(f"queries {tuple(q.shape)} for {form.num_heads} heads of {form.head_dim}")
+        _check_rows(q.shape, pages, form, sinks, out)
+        _check_memory(q, (k, v), pages, [x for x in (sinks, out) if x is not None])
+        self._gpu.require(k, v, dtype=k.dtype)  # decodes copy 16 bytes at a time
+        call = Call(torch.empty_like(q) if out is None else out, q, k, v, pages, form, sinks)
+        if q.shape[0] > call.num_seqs:
+            launch_prompts(call, prompt_launch(form))
+        if call.num_seqs > 1 or q.shape[0] == 1:
+            self.launch_decodes(call, decode_launch(form, call.num_seqs, call.max_splits, self._gpu.card))
+        return call.out
+
+    def store_and_attend(
+        self, made_of: Unrotated, k: Tensor, v: Tensor, pages: Pages, form: Form, sinks: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `attend`, for rows that are first added up, rotated and stored: one kernel for two, the same bits.
+
+        A sequence whose context length is 0 stores nothing. Raises ValueError before a launch that cannot be right.
+        """
+        cos, sin, num_seqs = made_of.cos, made_of.sin, len(pages.context_lens)
+        _check_form(form)
+        _check_cache(k, v, form)
+        if cos.ndim != 2 or cos.shape != sin.shape or not can_rotate(form.head_dim, cos.shape[1]):
+            raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} for heads of {form.head_dim}")
+        shape = num_seqs, form.num_heads, form.head_dim
+        out = cos.new_empty(shape) if out is None else out
+        _check_rows(shape, pages, form, sinks, out)
+        _check_memory(cos, (k, v), pages, [x for x in (sin, sinks, out) if x is not None])
+        self._gpu.require(k, v, dtype=k.dtype)
+        call = Call(out, made_of, k, v, pages, form, sinks)
+        self.launch_decodes(call, decode_launch(form, num_seqs, call.max_splits, self._gpu.card))
+        return out
+
+    def launch_decodes(self, call: Call, launch: DecodeLaunch) -> None:
+        """The rows of all sequences that have exactly one."""
+        form, partials, made_of = call.form, None, call.q
+        if launch.num_parts > 1:
+            partials = call.out.new_empty(partial_elems(form, call.num_seqs, call.max_splits), dtype=torch.float32)
+        begin: list[Argument]
+        if isinstance(made_of, Unrotated):
+            width = (form.num_heads + 2 * form.num_kv_heads) * form.head_dim
+            begin = [self._ops.sums(made_of.sums, call.num_seqs, width), made_of.cos, made_of.sin]
+            half, ahead = made_of.cos.shape[1], slices_ahead(made_of.sums)
+        else:
+            begin, half, ahead = [made_of], 0, 0
+        pages = call.pages
+        args: list[Argument] = [call.out, *begin, call.k, call.v, call.sinks]
+        args += [pages.query_starts, pages.context_lens, pages.block_table, partials, call.numbers]
+        grid = call.num_seqs, form.num_kv_heads * triton.cdiv(form.group, DECODE_ROWS), launch.num_parts
+        work = Work(grid, 32 * launch.num_warps, shared_bytes(form, launch, half))
+        self._gpu.launch(decode_source(call.k, launch, ahead), "decode", work, args)
+        if partials is not None:
+            _launch_fold(call, partials)
 
 
-def launch_decodes(call: Call, launch: Launch) -> None:
-    """The rows of all sequences that have exactly one."""
-    form, partials = call.form, None
-    if launch.num_parts > 1:
-        partials = call.out.new_empty(partial_elems(form, call.num_seqs, call.max_splits), dtype=torch.float32)
-    grid = call.num_seqs, form.num_kv_heads, launch.num_parts
-    rotation = None if isinstance(call.q, Tensor) else call.q.rotation
-    _launch(decode_kernel, call, launch, grid, (partials,), (launch.ahead, rotation))
-    if partials is not None:
-        pages, overlaps = call.pages, _overlaps(call.out.device)
-        kernel = fold_kernel[(call.num_seqs, form.num_heads)](
-            *(call.out, partials, call.sinks, pages.query_starts, pages.context_lens, call.max_splits),
-            *(call.image_groups, form.head_dim, form.window, UNROLL, call.image_pad, overlaps),
-            num_warps=1,
-            enable_fp_fusion=False,
-            launch_pdl=overlaps,
+def decode_source(cache: Tensor, launch: DecodeLaunch, ahead: int) -> Source:
+    """cache [blocks, block_size, Hk, D]; ahead: slices of sums fetched at once, 0: queries are there already."""
+    options = defined(DIM=cache.shape[3], KV_BITS=KV_BITS[cache.dtype], BLOCK=cache.shape[1])
+    options += defined(WARPS=launch.num_warps, SLOTS=launch.num_slots)
+    return Source("ops", "decode.cu", (*options, *defined(ROTATED=int(ahead > 0), AHEAD=ahead)))
+
+
+def shared_bytes(form: Form, launch: DecodeLaunch, half: int = 0) -> int:
+    """Of a block of decode.cu; `half` pairs of a head turn."""
+    stride, tile, warps = 2 * form.head_dim + 16, _tile(form.head_dim), launch.num_warps
+    shared = (launch.num_slots * tile + DECODE_ROWS) * stride + 4 * form.head_dim
+    if warps > 1:
+        shared += 16 * tile + 4 * warps * DECODE_ROWS  # weights and peaks
+    return shared + 4 * (-(-2 * half // 4) * 4 + (min(DECODE_ROWS, form.group) + 2) * form.head_dim)
+
+
+def _tile(head_dim: int) -> int:
+    return 64 if head_dim <= WIDE_HEAD else 32
+
+
+def can_rotate(head_dim: int, num_pairs: int) -> bool:
+    """Whether `store_and_attend` takes heads of which so many pairs turn."""
+    return takes(head_dim) and 2 * num_pairs <= head_dim and num_pairs % 2 == 0
+
+
+def takes(head_dim: int) -> bool:
+    """Whether heads are of a size that the tensor cores can take."""
+    return 0 < head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
+
+
+def _check_form(form: Form) -> None:
+    dim, heads, kv_heads = form.head_dim, form.num_heads, form.num_kv_heads
+    if not takes(dim):
+        raise ValueError(f"heads of {dim} numbers: a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM} is needed")
+    if min(heads, kv_heads) < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
+    if not form.scale > 0:
+        raise ValueError(f"a scale of {form.scale}: it must be above 0")
+
+
+def _check_cache(k: Tensor, v: Tensor, form: Form) -> None:
+    if k.shape != v.shape or k.ndim != 4 or k.shape[2:] != (form.num_kv_heads, form.head_dim):
+        heads = f"{form.num_kv_heads} heads of {form.head_dim}"
+        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} for {heads}")
+    if not 0 < k.shape[1] <= SPLIT.value or SPLIT.value % k.shape[1]:
+        raise ValueError(f"blocks of {k.shape[1]} tokens: a divisor of {SPLIT.value} is needed")
+    if k.dtype != v.dtype or k.dtype not in KV_TYPES:
+        raise ValueError(f"keys of {k.dtype} and values of {v.dtype}; one of {KV_TYPES} is needed")
+
+
+def _check_rows(
+    shape: tuple[int, ...], pages: Pages, form: Form, sinks: Tensor | None, out: Tensor | None
+) -> None:  # fmt: skip
+    """shape: of the queries, [T, Hq, D]."""
+    starts, lens, table = pages.query_starts, pages.context_lens, pages.block_table
+    if starts.shape != (len(lens) + 1,) or table.ndim != 2 or len(table) != len(lens):
+        raise ValueError(f"{len(starts)} starts and a block table {tuple(table.shape)} for {len(lens)} sequences")
+    if sinks is not None and sinks.shape != (form.num_heads,):
+        raise ValueError(f"sinks {tuple(sinks.shape)} for {form.num_heads} heads")
+    if out is not None and not _has_room(out, shape):
+        raise ValueError(f"{out.dtype} {tuple(out.shape)} has no room for {tuple(shape)}")
+
+
+def _check_memory(q: Tensor, cache: tuple[Tensor, Tensor], pages: Pages, others: list[Tensor]) -> None:
+    integers = (pages.query_starts, pages.context_lens, pages.block_table)
+    if q.dtype != torch.float32 or any(x.dtype != torch.int64 for x in integers):
+        raise ValueError(
+            f"queries of {q.dtype} and integers of {[x.dtype for x in integers]}; float32 and int64 are needed"
         )
-        if overlaps:
-            divide_l1(kernel.function)
+    for x in (*cache, *integers, *others):
+        if x.device != q.device:
+            raise ValueError(f"a tensor lies on {x.device}, not on {q.device}")
+    if not all(x.is_contiguous() for x in (q, *cache, *integers, *others)):
+        raise ValueError("queries, cache and integers must be contiguous")
+
+
+def _has_room(out: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether `out` is as large as the queries, or an image of as many rows."""
+    num_rows, num_heads, head_dim = shape
+    if out.ndim != 4:
+        return out.shape == shape and out.dtype == torch.float32
+    if out.dtype != torch.bfloat16:
+        return False
+    return out.shape[0] * 64 >= num_heads * head_dim and out.shape[1] * 8 >= num_rows and out.shape[2:] == (8, 64)
+
+
+def prompt_launch(form: Form) -> PromptLaunch:
+    stages = 5 if form.head_dim <= 64 else 3
+    return PromptLaunch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= WIDE_HEAD else 8, stages)
+
+
+def decode_launch(form: Form, num_seqs: int, max_splits: int, card: Card) -> DecodeLaunch:
+    """`benchmarks/bench_attention.py --sweep` compares it with others.
+
+    Few blocks: several warps each, and room for a split of keys and values at once. Many: as many blocks on a
+    multiprocessor as its shared memory holds with two tiles each.
+    """
+    rows = num_seqs * form.num_kv_heads
+    num_parts = max(1, min(max_splits, PROGRAMS // rows))
+    per_sm = triton.cdiv(rows * triton.cdiv(form.group, DECODE_ROWS) * num_parts, MULTIPROCESSORS)
+    room = min(card.shared_bytes, SHARED_PER_SM // per_sm - BLOCK_RESERVE)
+    most = min(MOST_WARPS, _tile(form.head_dim) // 16)
+    warps = most if per_sm <= FEW_BLOCKS else 2
+    slots = next(
+        (n for n in (MOST_SLOTS, 4) if shared_bytes(form, DecodeLaunch(warps, n), form.head_dim // 2) <= room), 2
+    )
+    return DecodeLaunch(warps, slots, num_parts)
+
+
+def launch_prompts(call: Call, launch: PromptLaunch) -> None:
+    """Rows of all sequences that have more than one."""
+    pages, form, overlaps = call.pages, call.form, _overlaps(call.out.device)
+    assert isinstance(call.q, Tensor)
+    num_tiles = call.q.shape[0] // (launch.rows // form.group) + call.num_seqs
+    launched = prompt_kernel[(num_tiles, form.num_kv_heads, 1)](
+        *(call.out, call.q, call.k, call.v, call.sinks),
+        *(pages.query_starts, pages.context_lens, pages.block_table, call.num_seqs),
+        *(pages.block_table.shape[1], call.image_groups, call.factor),
+        *(form.soft_cap, form.group, form.head_dim, call.k.shape[1], form.window, launch.rows),
+        *(call.image_pad, overlaps),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        enable_fp_fusion=False,
+        launch_pdl=overlaps,
+    )
+    if overlaps:
+        divide_l1(launched.function)
+
+
+def _launch_fold(call: Call, partials: Tensor) -> None:
+    pages, form, overlaps = call.pages, call.form, _overlaps(call.out.device)
+    kernel = fold_kernel[(call.num_seqs, form.num_heads)](
+        *(call.out, partials, call.sinks, pages.query_starts, pages.context_lens, call.max_splits),
+        *(call.image_groups, form.head_dim, form.window, UNROLL, call.image_pad, overlaps),
+        num_warps=1,
+        enable_fp_fusion=False,
+        launch_pdl=overlaps,
+    )
+    if overlaps:
+        divide_l1(kernel.function)
 
 
 def partial_elems(form: Form, num_seqs: int, max_splits: int) -> int:
@@ -347,38 +379,3 @@ def partial_elems(form: Form, num_seqs: int, max_splits: int) -> int:
 def _overlaps(device: torch.device) -> bool:
     """Whether a kernel may start before the one before it has ended: on GPUs from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _launch(
-    kernel: Any,
-    call: Call,
-    launch: Launch,
-    grid: tuple[int, int, int],
-    own: tuple[Any, ...],
-    own_constants: tuple[Any, ...],
-) -> None:
-    """`own`: the integers or partials that only this kernel takes, after what both have; likewise constants."""
-    pages, form, overlaps = call.pages, call.form, _overlaps(call.out.device)
-    q = call.q if isinstance(call.q, Tensor) else _argument(call.q)
-    launched = kernel[grid](
-        *(call.out, q, call.k, call.v, call.sinks),
-        *(pages.query_starts, pages.context_lens, pages.block_table, *own),
-        *(pages.block_table.shape[1], call.image_groups),
-        form.scale if form.soft_cap else form.scale * LOG2_E.value,
-        *(form.soft_cap, form.group, form.head_dim, call.k.shape[1], form.window, launch.rows),
-        *(call.image_pad, overlaps, *own_constants),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        maxnreg=launch.max_registers,
-        enable_fp_fusion=False,
-        launch_pdl=overlaps,
-    )
-    if overlaps:
-        divide_l1(launched.function)
-
-
-def _argument(made_of: Unrotated) -> tuple[Any, ...]:
-    """As the kernel takes it."""
-    sums = ((part.slices, part.bias, part.slices.stride(1), len(part.slices)) for part in made_of.sums)
-    tables = (made_of.cos, made_of.sin) if made_of.cos.shape[1] else (None, None)
-    return (*sums, *tables)

@@ -1,4 +1,4 @@
-"""The attention kernels; attention.py says what they compute, in which order, and launches them."""
+"""Attention of prompts, and what joins the partials of decodes; attention.py says what they compute."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # mypy: disallow-untyped-calls=False
@@ -9,11 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from worker_orcd.kernels.attention_rotation import fetch_ahead, known, make, store_made
-
 SPLIT = tl.constexpr(256)  # keys in a partial
 LOG2_E = tl.constexpr(1.4426950408889634)
-ONES = tl.constexpr(32)  # columns of the product that sums; more than rows of a decode, so that warps divide columns
+ONES = tl.constexpr(32)  # columns of the product that sums
 LOWEST = tl.constexpr(-1e30)  # a running maximum before anything was seen; finite, so that differences are defined
 
 
@@ -30,7 +28,7 @@ def prompt_kernel(
     num_seqs,
     table_width,
     groups,  # of 8 tokens in the image; 0: there is none
-    factor,  # of scores; to the base 2 unless there is a soft cap
+    factor,  # of scores; to the base 2 unless there is a soft cap, else divided by it
     SOFT_CAP: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -54,73 +52,14 @@ def prompt_kernel(
     if not ((num_queries > 1) & (first < num_queries)):
         return
     where, tensors = (seq, begin, num_queries, first, context_len), (out, q, k, v, block_table)
-    _attend(where, tensors, None, sinks, None, num_seqs, table_width, groups, factor, SOFT_CAP, GROUP, DIM, BLOCK,
-            WINDOW, ROWS, PAD, True)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["table_width", "groups"])
-def decode_kernel(
-    out,  # these are as for prompt_kernel
-    q,  # or, with ROTATION, what q, k and v of the step's rows are made of: see `known`
-    k,
-    v,
-    sinks,
-    query_starts,
-    context_lens,
-    block_table,
-    partials,  # acc [S, Hq, splits, D], then (peak, total) [S, Hq, splits, 2]; or None: fold here
-    table_width,
-    groups,
-    factor,
-    SOFT_CAP: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAD: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-    AHEAD: tl.constexpr,  # keys to be on their way to L2 while the kernel before this one is at work
-    ROTATION: tl.constexpr,  # None, or: pairs that turn, whether they are interleaved, the most slices
-):
-    """Program (sequence, key/value head, part): the rows of a sequence that has one query.
-
-    With ROTATION every sequence has one, and the program that reads its new key and value has stored them before.
-    """
-    if OVERLAPS:
-        gdc_launch_dependents()
-    seq = tl.program_id(0)
-    context_len = tl.load(context_lens + seq, cache_modifier=".cg").to(tl.int32)
-    table, made = block_table + seq.to(tl.int64) * table_width, None
-    if ROTATION is None:
-        begin, num_queries = _queries_of(seq, query_starts)
-    else:
-        begin, num_queries = seq, 1
-        facts = known(q, table, tl.maximum(context_len - 1, 0), GROUP, DIM, BLOCK, ROTATION)
-    if OVERLAPS:
-        if AHEAD:
-            low, high = _span(context_len - 1, context_len - 1, partials, DIM, WINDOW)
-            if ROTATION is None:
-                high = tl.where(num_queries == 1, high, 0)
-            fetch_ahead(k, v, table, low, high, DIM, BLOCK, AHEAD)
-        gdc_wait()
-    if ROTATION is not None:
-        made = make(facts, GROUP, DIM, ROTATION)
-    elif num_queries != 1:
-        return
-    where, tensors = (seq, begin, num_queries, 0, context_len), (out, q, k, v, block_table)
-    _attend(where, tensors, made, sinks, partials, tl.num_programs(0), table_width, groups, factor, SOFT_CAP, GROUP,
-            DIM, BLOCK, WINDOW, ROWS, PAD, False)  # fmt: skip
+    _attend(where, tensors, sinks, table_width, groups, factor, SOFT_CAP, GROUP, DIM, BLOCK, WINDOW, ROWS, PAD)
 
 
 @triton.jit
 def _attend(
     where,  # the sequence, its first row, how many it has, the first of them to work on, the context's length
     tensors,
-    made,  # what `make` gives; None: queries are in q, all keys and values in the cache
     sinks,
-    partials,
-    num_seqs,
     table_width,
     groups,
     factor,
@@ -131,7 +70,6 @@ def _attend(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     PAD: tl.constexpr,
-    IS_PROMPT: tl.constexpr,
 ):
     """ROWS query rows in registers, keys and values stream by."""
     QUERIES: tl.constexpr = ROWS // GROUP
@@ -145,59 +83,34 @@ def _attend(
     limits = context_len - num_queries + query  # the last position each row sees
     first_limit = context_len - num_queries + first
     last_limit = context_len - num_queries + tl.minimum(first + QUERIES, num_queries) - 1
-    low, high = _span(first_limit, last_limit, partials, DIM, WINDOW)
+    low, high = 0, last_limit + 1
+    if WINDOW:
+        low = tl.maximum(first_limit - WINDOW + 1, 0) // TILE * TILE
 
     table = block_table + seq.to(tl.int64) * table_width
     d = tl.arange(0, triton.next_power_of_2(DIM))
     at = ((begin + query).to(tl.int64) * num_heads + heads) * DIM
     inside = is_row[:, None] & (d < DIM)[None, :]
-    if made is None:
-        queries = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0).to(k.dtype.element_ty)
-    else:
-        fresh = made[0].to(k.dtype.element_ty)
-        if (low <= last_limit) & (last_limit < high):
-            store_made(fresh, k, v, made[1], GROUP, DIM)
-            tl.debug_barrier()  # other threads load what this one stores
-        queries = tl.broadcast_to(fresh[None], (ROWS // fresh.shape[0], fresh.shape[0], fresh.shape[1]))
-        queries = tl.reshape(queries, (ROWS, fresh.shape[1]))  # rows beyond GROUP are nobody's
+    queries = tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0).to(k.dtype.element_ty)
     run_acc, totals = tl.zeros((ROWS, d.shape[0]), tl.float32), tl.zeros((ROWS, ONES), tl.float32)
     run_peak, run_total = tl.full((ROWS,), LOWEST, tl.float32), tl.zeros((ROWS,), tl.float32)
     acc, peak = run_acc, run_peak
     sight, cache = (limits, first_limit, last_limit), (k, v, table, context_len, kv_head)
-    row, max_splits = seq.to(tl.int64) * num_heads + heads, (table_width * BLOCK + SPLIT - 1) // SPLIT
-    num_rows = num_seqs.to(tl.int64) * num_heads
-    if IS_PROMPT or ROWS > 32:  # two loops: products of many rows run on their own, and are awaited only after a loop
-        for split in range(low // SPLIT, tl.cdiv(high, SPLIT)):
-            acc, totals, peak = tl.zeros_like(acc), tl.zeros_like(totals), tl.full((ROWS,), LOWEST, tl.float32)
-            for start in range(tl.maximum(low, split * SPLIT), tl.minimum(high, (split + 1) * SPLIT), TILE):
-                acc, totals, peak = _step(
-                    acc, totals, peak, queries, start, cache, sight, factor, SOFT_CAP, DIM, BLOCK, TILE, WINDOW
-                )
-            total = tl.max(totals, 1)  # its columns are equal
-            if partials is not None:
-                _store_partial(partials, row, num_rows, split, max_splits, acc, peak, total, is_row, DIM)
-            else:
-                run_acc, run_peak, run_total = _fold(run_acc, run_peak, run_total, acc, peak, total)
-    else:  # one loop: the loads of the next split are under way while this one ends
-        for start in range(low, high, TILE):
+    # two loops: products of many rows run on their own, and are awaited only after a loop
+    for split in range(low // SPLIT, tl.cdiv(high, SPLIT)):
+        acc, totals, peak = tl.zeros_like(acc), tl.zeros_like(totals), tl.full((ROWS,), LOWEST, tl.float32)
+        for start in range(tl.maximum(low, split * SPLIT), tl.minimum(high, (split + 1) * SPLIT), TILE):
             acc, totals, peak = _step(
                 acc, totals, peak, queries, start, cache, sight, factor, SOFT_CAP, DIM, BLOCK, TILE, WINDOW
             )
-            end = start + tl.full((), TILE, tl.int32)
-            if (end % SPLIT == 0) | (end >= high):
-                total, split = tl.max(totals, 1), (end - 1) // SPLIT
-                if partials is not None:
-                    _store_partial(partials, row, num_rows, split, max_splits, acc, peak, total, is_row, DIM)
-                else:
-                    run_acc, run_peak, run_total = _fold(run_acc, run_peak, run_total, acc, peak, total)
-                acc, totals, peak = tl.zeros_like(acc), tl.zeros_like(totals), tl.full((ROWS,), LOWEST, tl.float32)
-    if partials is None:
-        result = _finish(run_acc, run_peak, run_total, sinks, heads, is_row)
-        tokens, columns = (begin + query).to(tl.int64)[:, None], (heads * DIM)[:, None] + d[None, :]
-        _store(out, result, tokens, columns, inside, num_heads * DIM, groups)
-        if kv_head + 1 == tl.num_programs(1):
-            is_last = is_row & (heads + 1 == num_heads)
-            _store_zeros(out, tokens, is_last[:, None], num_heads * DIM, groups, PAD)
+        total = tl.max(totals, 1)  # its columns are equal
+        run_acc, run_peak, run_total = _fold(run_acc, run_peak, run_total, acc, peak, total)
+    result = _finish(run_acc, run_peak, run_total, sinks, heads, is_row)
+    tokens, columns = (begin + query).to(tl.int64)[:, None], (heads * DIM)[:, None] + d[None, :]
+    _store(out, result, tokens, columns, inside, num_heads * DIM, groups)
+    if kv_head + 1 == tl.num_programs(1):
+        is_last = is_row & (heads + 1 == num_heads)
+        _store_zeros(out, tokens, is_last[:, None], num_heads * DIM, groups, PAD)
 
 
 @triton.jit
@@ -231,7 +144,7 @@ def _step(
     keys = tl.load(k + cells, mask=inside, other=0.0)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if SOFT_CAP > 0:
-        scores = SOFT_CAP * _tanh(scores * (factor / SOFT_CAP))
+        scores = SOFT_CAP * _tanh(scores * factor)
     if (start + TILE - 1 > first_limit) | ((WINDOW > 0) & (start <= last_limit - WINDOW)):
         is_seen = positions[None, :] <= limits[:, None]
         if WINDOW:
@@ -246,16 +159,6 @@ def _step(
     weights = weights.to(values.dtype)
     totals = tl.dot(weights, tl.full((TILE, ONES), 1.0, values.dtype), totals, input_precision="ieee")
     return tl.dot(weights, values, acc, input_precision="ieee"), totals, new_peak
-
-
-@triton.jit
-def _store_partial(partials, row, num_rows, split, max_splits, acc, peak, total, is_row, DIM: tl.constexpr):
-    """The partial of `split` of each row; row [ROWS] counts the heads of all sequences."""
-    d, part = tl.arange(0, triton.next_power_of_2(DIM)), row * max_splits + split
-    stats = partials + num_rows * max_splits * DIM + part * 2
-    tl.store(partials + (part * DIM)[:, None] + d[None, :], acc, mask=is_row[:, None] & (d < DIM)[None, :])
-    tl.store(stats, peak, mask=is_row)
-    tl.store(stats + 1, total, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["max_splits", "groups"])
@@ -330,26 +233,6 @@ def _queries_of(seq, query_starts):
 def _tile(head_dim):
     """Keys at a time: part of the order of addition."""
     return 64 if head_dim <= 128 else 32
-
-
-@triton.jit
-def _span(first_limit, last_limit, partials, DIM: tl.constexpr, WINDOW: tl.constexpr):
-    """The positions low … high - 1 this program reads, for rows whose last ones are first_limit … last_limit."""
-    low, high = 0, last_limit + 1
-    if WINDOW:
-        low = tl.maximum(first_limit - WINDOW + 1, 0) // _tile(DIM) * _tile(DIM)
-    if partials is not None:
-        low, high = _share(low, high)
-    return low, high
-
-
-@triton.jit
-def _share(low, high):
-    """This part's piece of the positions low … high - 1: whole splits, as evenly as they go."""
-    first = low // SPLIT
-    num_splits = tl.cdiv(tl.cdiv(high, SPLIT) - first, tl.num_programs(2))
-    begin = (first + tl.program_id(2) * num_splits) * SPLIT
-    return tl.maximum(low, begin), tl.minimum(high, begin + num_splits * SPLIT)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ SAMPLE_COPIES = 12  # of a tile of scores in 64 bits: scores, weights, order, ru
 WARPS, MOST_WARPS, LONGEST_SLICE = 16 * 132, 28 * 132, 4096  # of kernels/linear/plan.py: what bounds its slices
 ENOUGH_BLOCKS, BLOCK_ROWS, BLOCK_TOKENS = 66, 128, 128  # likewise: with so many blocks there are no partial sums
 ATTENTION_PROGRAMS, HEAD_STEP, WIDEST_HEAD = 512, 16, 256  # of kernels/attention.py and backends/cuda.py
-EXPERT_UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 48, 64, 96, 128)}  # UNITS of kernels/ops/experts.py
+EXPERT_UNITS, SMALL_EXPERT_UNITS = {False: (8, 16, 32), True: (8, 16)}, (16, 24, 32, 48, 64)  # kernels/ops/experts.py
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # ROWS of engine/graphs.py
 GRAPH_TOKENS, GRAPH_GROWTH = 256, 4  # WIDTH_TOKENS and WIDTH_GROWTH of engine/graphs.py
 GRAPH_BYTES = 4 * 2**20  # what the driver keeps of one graph; an estimate
@@ -142,7 +142,7 @@ def _mlp(dims: Dims, rows: int, layer: Matrices) -> int:
 
 
 def _experts(dims: Dims, rows: int, layer: Matrices) -> int:
-    """Every row once for each of its experts, each expert's padded to whole units.
+    """Every row once for each of its experts, each expert's padded to whole units: fewer rows than a large one has.
 
     Small units leave partial sums of each slice, large ones (for wgmma) do not.
     """
@@ -166,9 +166,12 @@ def expert_slices(type: GgmlType, shape: tuple[int, int], num_used: int) -> int:
 
 
 def expert_unit(pairs: int, num_experts: int, has_wgmma: bool) -> int:
-    """Rows of an expert that are multiplied at a time."""
+    """The most rows of an expert that are multiplied at a time."""
     sizes, mean = EXPERT_UNITS[has_wgmma], pairs / num_experts
-    return next((unit for unit in sizes if mean + 2 * mean**0.5 <= unit), sizes[-1])
+    alone = next((unit for unit in sizes if mean + 2 * mean**0.5 <= unit), 0)
+    if alone or not has_wgmma:
+        return alone or sizes[-1]
+    return 2 * next((unit for unit in SMALL_EXPERT_UNITS if mean <= unit), SMALL_EXPERT_UNITS[-1])
 
 
 def _product(rows: int, layer: Matrices, *names: str) -> int:

@@ -28,6 +28,9 @@ typedef unsigned long long u64;
 
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(8) uint2 { u32 x, y; };
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
@@ -231,6 +234,7 @@ static inline u32 __match_any_sync(u32, int v) {
 static inline int __ffs(u32 v) { return __builtin_ffs(v); }
 static inline int __clz(u32 v) { return v ? __builtin_clz(v) : 32; }
 static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
 static inline int __popc(u32 v) { return __builtin_popcount(v); }
 template <class T>
 static T atomicAdd(T* at, T v) { const T before = *at; *at += v; return before; }
@@ -263,6 +267,9 @@ static inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 static inline u32 mul_bf16x2(u32 a, u32 b) { return fma_bf16x2(a, b, 0x80008000u); }
 static inline u32 bf16x2(float low, float high) { return emu::to_bf16(low) | emu::to_bf16(high) << 16; }
 static inline u16 fp16(float v) { _Float16 h = (_Float16)v; u16 out; memcpy(&out, &h, 2); return out; }
+static inline u32 fp16x2(float low, float high) { return fp16(low) | (u32)fp16(high) << 16; }
+static inline float power_of_2(float a) { return exp2f(a); }
+static inline float quotient(float a, float b) { return a / b; }
 static inline u32 twice_bf16(float a) { return bf16x2(a, a); }
 static inline float low_half(u32 h) { u16 bits = (u16)h; _Float16 f; memcpy(&f, &bits, 2); return (float)f; }
 static inline float high_half(u32 h) { return low_half(h >> 16); }
@@ -273,7 +280,8 @@ static inline void load4(u32* d, const char* p) { memcpy(d, __builtin_assume_ali
 static inline void load2(u32* d, const char* p) { memcpy(d, p, 8); }
 static inline u32 load1(const char* p) { u32 d; memcpy(&d, p, 4); return d; }
 static inline u32 load_u16(const char* p) { u16 d; memcpy(&d, p, 2); return d; }
-static inline void mma(float* c, const u32* a, const u32* b) {
+template <class F>
+static inline void mma_of(float* c, const u32* a, const u32* b, F value) {
   u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   u32(*const slots)[8] = emu::exchange(mine, 6);
   const int g = emu::lane() >> 2, quad = emu::lane() & 3;
@@ -283,15 +291,24 @@ static inline void mma(float* c, const u32* a, const u32* b) {
     for (int k = 0; k < 16; k++) {
       const u32 x = slots[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + (k >> 3) * 2] >> (k & 1) * 16;
       const u32 y = slots[column * 4 + (k & 7) / 2][4 + (k >> 3)] >> (k & 1) * 16;
-      sum += (double)emu::of_bf16(x & 0xffff) * emu::of_bf16(y & 0xffff);
+      sum += (double)value(x & 0xffff) * value(y & 0xffff);
     }
     c[i] = (float)sum;
   }
 }
+static inline void mma(float* c, const u32* a, const u32* b) { mma_of(c, a, b, emu::of_bf16); }
+static inline void mma_fp16(float* c, const u32* a, const u32* b) { mma_of(c, a, b, low_half); }
 static inline void load_matrix4(u32* d, u32 shared) {
   u32(*const slots)[8] = emu::exchange(&shared, 1);
   for (int i = 0; i < 4; i++)
     memcpy(d + i, emu::shared_base + slots[i * 8 + (emu::lane() >> 2)][0] + (emu::lane() & 3) * 4, 4);
+}
+static inline void load_matrix4_ordered(u32* d, u32 shared) { load_matrix4(d, shared); }
+static inline void load_matrix4_turned(u32* d, u32 shared) {
+  u32(*const slots)[8] = emu::exchange(&shared, 1);
+  for (int i = 0; i < 4; i++)
+    for (int e = 0; e < 2; e++)
+      memcpy((u16*)(d + i) + e, emu::shared_base + slots[i * 8 + (emu::lane() & 3) * 2 + e][0] + (emu::lane() >> 2) * 2, 2);
 }
 static inline u32 shared_address(const void* p) { return (u32)((const char*)p - emu::shared_base); }
 
@@ -300,6 +317,16 @@ static inline void start_next_kernel() {}
 static inline void await_previous_kernel() {}
 static inline void copy16(u32 shared, const void* from) { memcpy(emu::shared_base + shared, from, 16); }
 static inline void copies_done() {}
+static inline void copy16_or_zeros(u32 shared, const void* from, bool is_there) {
+  if (is_there) copy16(shared, from);
+  else memset(emu::shared_base + shared, 0, 16);
+}
+static inline void ask(const void*, u32) {}
+static inline void close_copies() {}
+template <int LATEST>
+static inline void await_copies() {}
+static inline void forget(const void* line) { memset((void*)line, 0xff, 128); }
+static inline uint4 fresh(const uint4* p) { return *p; }
 static inline int fresh(const int* p) { return *p; }
 static inline long long fresh(const long long* p) { return *p; }
 

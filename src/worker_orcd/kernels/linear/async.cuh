@@ -34,6 +34,21 @@ DEVICE void copy16(u32 shared, const void* from) {
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
+// Groups of copies of 16 bytes, each closed when it has begun; zeros where there is nothing to copy.
+DEVICE void copy16_or_zeros(u32 shared, const void* from, bool is_there) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared), "l"(from), "r"(is_there ? 16 : 0) : "memory");
+}
+DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATEST>
+DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory"); }  // all but the LATEST
+
+// Ask for `bytes`, a multiple of 16, to come to L2.
+DEVICE void ask(const void* from, u32 bytes) {
+#if HOPPER
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 DEVICE void sync_some(int barrier, int threads) {  // of a block; __syncthreads is barrier 0
   asm volatile("bar.sync %0,%1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -50,6 +65,15 @@ DEVICE long long fresh(const long long* p) {
   asm volatile("ld.relaxed.gpu.global.s64 %0,[%1];" : "=l"(v) : "l"(p) : "memory");
   return v;
 }
+
+DEVICE uint4 fresh(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+// 128 bytes that nobody will read again before they are written anew: their way from L2 to memory is spared.
+DEVICE void forget(const void* line) { asm volatile("discard.global.L2 [%0],128;" ::"l"(line) : "memory"); }
 
 // ---- clusters: blocks that run together. `arrive` and `wait` are the two halves of their barrier
 #define CLUSTERS HOPPER

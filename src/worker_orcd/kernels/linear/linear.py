@@ -195,8 +195,8 @@ def consumer_registers(variant: ManyTokens) -> int:
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[Source, str]:
-    """The source of a variant for a format, and the name of its function."""
+def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False, turn: int = 0) -> tuple[Source, str]:
+    """The source of a variant for a format, and the name of its function; `turn` is TURN of qgemm.cu."""
     if isinstance(variant, ManyTokens):
         options = defined(
             FORMAT=type.name,
@@ -208,6 +208,7 @@ def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False) -> tuple[
             SHARED_SUMS=int(variant.has_shared_sums),
             CTAS=variant.ctas,
             GROUPED=int(grouped),
+            TURN=turn,
             CONSUMER_REGISTERS=consumer_registers(variant),
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         )

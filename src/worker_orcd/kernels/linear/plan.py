@@ -164,11 +164,30 @@ class LinearPlan:
         if tokens == 32 and words < 32 and (is_side_by_side or self._blocks(num_tokens, 32) >= MULTIPROCESSORS):
             is_light = words <= 18 and self.slices > 1 and self.shape[1] <= SHORT_K
             return ManyTokens(32, 2, 2, 6, sequential, 2) if is_light else ManyTokens(32, 4, 2, 6, sequential)
-        if tokens == 64 and words < 32 and is_side_by_side:
-            return ManyTokens(64, 1 if TILE_K[self.type] == 256 else 2, 2, 4, sequential, 2)
-        depth = 1 if words >= 32 else 3 if words <= 18 and tokens <= 64 else 2
+        if tokens == 64 and words < 32:
+            return self._sixty_four(num_tokens, sequential)
+        depth = 1 if words >= 32 else 3 if words <= 18 and tokens == 32 else 2
         stages = 3 if tokens == 256 and sequential else {32: 6, 64: 4}.get(tokens, 6)
         return ManyTokens(tokens, 2, depth, stages, sequential)
+
+    def _sixty_four(self, num_tokens: int, sequential: bool) -> ManyTokens:
+        """By 64 tokens: blocks as wide as let the busiest multiprocessor end first.
+
+        As measured, a wave of blocks, one on each multiprocessor, takes as long as a block has warpgroups and half a
+        one more: a single wave of wide blocks that fills the card is best. Gate above up needs an even number, and is
+        among what leaves no partial sums. Fetched ahead is what registers hold.
+        """
+        is_whole = sequential or self.slices == 1
+        columns = -(-num_tokens // 64) * (1 if is_whole else self.slices)
+
+        def time(warpgroups: int) -> float:
+            blocks = -(-self.shape[0] // (64 * warpgroups)) * columns
+            return -(-blocks // MULTIPROCESSORS) * (warpgroups + 0.5)
+
+        warpgroups = min((4, 2) if is_whole else (4, 3, 2, 1), key=time)
+        registers = {4: 24, 3: 52}.get(warpgroups, 54)
+        depth = max(1, min(3, registers // (tile_bytes(self.type) // 128)))
+        return ManyTokens(64, warpgroups, depth, 4, sequential)
 
     def _narrow(self, num_tokens: int) -> int:
         """Tokens of a block for a matrix of few rows: short slices are better taken in turn, by fewer tokens."""

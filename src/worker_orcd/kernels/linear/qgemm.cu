@@ -7,6 +7,10 @@
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
 // With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
 // With GROUPED as in qmm.cu, an owner for each TOKENS rows of x. With ACTIVATION as in activated.cuh.
+// TURN 1 and 2 are two launches over units of two sizes, each with its own part of x and y; 0 is one alone. A block of
+// TURN 1 lets the second begin only when it has waited itself, so the second finds complete whatever the first waited
+// for, and begins without a wait. Its blocks wait for the first before they leave: who waits for the second has waited
+// for both. This holds for blocks without an owner, too.
 #include "async.cuh"
 #include "weight.cuh"
 #include "wgmma.cuh"
@@ -37,7 +41,10 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
   const u32 full = shared_address(shared), empty = full + 8 * STAGES, xs = (full + 1024 + 1023) & ~1023u;
 #if GROUPED
   const int owner = fresh(owners + z);
-  if (owner < 0) return;
+  if (owner < 0) {
+    if (TURN) await_previous_kernel();
+    return;
+  }
   w += (u64)owner * ((N + 15) / 16) * nk * Weight::TILE_BYTES;
 #endif
   if (threadIdx.x == 0) {
@@ -48,11 +55,12 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     barrier_init_done();
   }
   __syncthreads();
-  start_next_kernel();
+  if (TURN != 1) start_next_kernel();
   if (warp >= WARPGROUPS * 4) {  // the producer: one lane works, the others' registers go to the consumers
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (warp == WARPGROUPS * 4) {
-      await_previous_kernel();
+      if (TURN != 2) await_previous_kernel();
+      if (TURN == 1) start_next_kernel();
       if (lane == 0)
         for (int c = 0; c < nt * STAGES_X / PIECES; c++) {
           int stage = c % STAGES;
@@ -78,7 +86,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
       if (i < nt) r[i].load(src, lane), src += Weight::TILE_BYTES;
-    await_previous_kernel();
+    if (TURN != 2) await_previous_kernel();
     float acc[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.f;
@@ -162,4 +170,5 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     }
 #endif
   }
+  if (TURN == 2) await_previous_kernel();
 }

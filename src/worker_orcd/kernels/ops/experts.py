@@ -1,11 +1,13 @@
 """Launching a mixture of experts: each row's experts, and products of rows with the matrices of their own.
 
-Pairs (row, slot) get places, expert by expert, each expert's from a multiple of `unit` rows; the grouped matmul takes
-a unit at a time. Shapes depend on the number of rows alone, never on where the router sends them.
+Pairs (row, slot) get places in units, each of one expert; the grouped matmul takes a unit at a time. Many rows have
+units of two sizes, each with a launch of its own: a router is far from even, and a large unit costs less than several
+small ones, but more than one. Shapes depend on the number of rows alone, never on where the router sends them.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,10 +26,13 @@ from worker_orcd.quant.tiles import tile_bytes
 MAX_EXPERTS, MAX_USED = 256, 16
 ARRANGERS = 1024  # threads, of rows.cu
 TOGETHER_ROWS = ARRANGERS // 32  # that one block both routes, a warp each, and arranges
-UNITS = {False: (8, 16, 32), True: (8, 16, 24, 32, 40, 48, 64, 96, 128)}  # rows; without and with wgmma
+UNITS = {False: (8, 16, 32), True: (8, 16)}  # rows, where all units are alike; without and with wgmma
+SMALL_UNITS = (16, 24, 32, 48, 64)  # for wgmma, beside others twice as large
 MANY_ROWS = 16  # units from here on are for wgmma
+WIDE_ROWS = 96  # units from here on share weights among as many rows of a matrix as registers allow
 MOST_STRIPS = 3  # of a warp
 FEW_PAIRS = 128  # for which a thread copies 16 bytes; beyond, four times as many
+AHEAD_BYTES, AHEAD_PIECE = 24 * 2**20, 16384  # half of what the L2 of an H200 holds; of rows.cu
 SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
 WARPS = WARPS_PER_SM * MULTIPROCESSORS
 WAVES = 2.4  # of so many warps: fewer leave multiprocessors idle at the end, more begin too often; measured
@@ -40,6 +45,26 @@ class Grouped(NamedTuple):
     blocks: int  # that share the strips of an expert
 
 
+class Region(NamedTuple):
+    """Units of one size, those in use before the others; a launch of the grouped matmul."""
+
+    first: int  # place
+    unit: int  # rows
+    owners: Tensor  # of the units
+
+    @property
+    def num_places(self) -> int:
+        return len(self.owners) * self.unit
+
+
+class _Units(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int) for name in ("smalls", "larges", "small", "large"))
+
+
+class _Done(ctypes.Structure):
+    _fields_ = (("images", ctypes.c_void_p * 2), ("lines", ctypes.c_int * 2))
+
+
 @dataclass(frozen=True)
 class Routing:
     """Where the rows go."""
@@ -47,8 +72,8 @@ class Routing:
     weights: Tensor  # f32 [T, used]
     places: Tensor  # i32 [T used], the place of each pair
     experts: Tensor  # i32 [P], whose place it is, or -1
-    owners: Tensor  # i32 [P / unit]
-    unit: int
+    owners: Tensor  # i32 [units], expert or -1
+    regions: tuple[Region, ...]  # one, or two: the larger units, which are launched first, and the smaller
     num_experts: int
     source: Source
 
@@ -68,37 +93,47 @@ class ExpertOps:
         self._begun = set[LinearPlan]()  # those whose kernels are being compiled
 
     def route(
-        self, scores: Sequence[Part], num_experts: int, num_used: int, over_chosen: bool, unit: int | None = None
-    ) -> Routing:
+        self, scores: Sequence[Part], num_experts: int, num_used: int, over_chosen: bool,
+        sizes: tuple[int, int] | None = None, ahead: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
         """Sums [T, E] → the best `num_used` of each row; weights are a softmax over those, or over all.
 
-        A benchmark may say the `unit`.
+        A benchmark may say the `sizes` of units, as `unit_rows` does. `ahead`: the matrices that come next; many rows
+        take nearly all of them, and the first are asked for at once.
         """
         if not 0 < num_used <= min(num_experts, MAX_USED) or num_experts > MAX_EXPERTS:
             raise ValueError(f"{num_used} of {num_experts} experts; at most {MAX_USED} of {MAX_EXPERTS} are possible")
-        num_rows, device = scores[0].slices.shape[1], self._gpu.device
-        source = rows_source(EXPERTS=num_experts, USED=num_used)
+        num_rows = scores[0].slices.shape[1]
         pairs = num_rows * num_used
         if pairs > MAX_GRID_Y:
             raise ValueError(
                 f"{num_rows} rows take {num_used} experts each, {pairs} places; at most {MAX_GRID_Y} fit"
             )
-        unit = unit or unit_rows(pairs, num_experts, self._gpu.card.has_wgmma)
-        num_units = pairs // unit + min(num_experts, pairs)
-        chosen, places = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(2))
-        weights = torch.empty(num_rows, num_used, device=device)
-        experts = torch.empty(num_units * unit, dtype=torch.int32, device=device)
-        owners = torch.empty(num_units, dtype=torch.int32, device=device)
-        sums, where = self._ops.sums(scores, num_rows, num_experts), [places, experts, owners]
+        sums = self._ops.sums(scores, num_rows, num_experts)
+        small, large = sizes or unit_rows(pairs, num_experts, self._gpu.card.has_wgmma)
+        units = _Units(*unit_counts(pairs, num_experts, small, large), small, large)
+        chosen, places, experts, owners = (
+            torch.empty(n, dtype=torch.int32, device=self._gpu.device)
+            for n in (pairs, pairs, units.smalls * small + units.larges * large, units.smalls + units.larges)
+        )
+        weights = torch.empty(num_rows, num_used, device=self._gpu.device)
+        source, where = rows_source(EXPERTS=num_experts, USED=num_used), [places, experts, owners]
+        args: list[Argument] = [sums, chosen, weights]
         if 0 < num_rows <= TOGETHER_ROWS:
-            args: list[Argument] = [sums, chosen, weights, *where, num_rows, int(over_chosen), num_units, unit]
+            args += [*where, num_rows, int(over_chosen), units]
             self._gpu.launch(source, "route_and_arrange", Work((1, 1, 1), ARRANGERS), args)
         else:
-            args = [sums, chosen, weights, num_rows, int(over_chosen)]
+            pieces = 0 if ahead is None else min(ahead.nbytes, AHEAD_BYTES) // AHEAD_PIECE
+            args += [num_rows, int(over_chosen), ahead, pieces]
             self._gpu.launch(source, "route", Work((num_rows, 1, 1), 32), args)
-            args = [chosen, *where, pairs, num_units, unit]
+            args = [chosen, *where, pairs, units]
             self._gpu.launch(source, "arrange", Work((int(num_rows > 0), 1, 1), ARRANGERS), args)
-        return Routing(weights, places, experts, owners, unit, num_experts, source)
+        regions = (
+            Region(units.smalls * small, large, owners[units.smalls :]),
+            Region(0, small, owners[: units.smalls]),
+        )
+        used = tuple(region for region in regions if len(region.owners))
+        return Routing(weights, places, experts, owners, used, num_experts, source)
 
     def spread(self, image: Tensor, routing: Routing) -> Tensor:
         """The image of T rows → that of P places."""
@@ -118,10 +153,10 @@ class ExpertOps:
     ) -> Part:
         """Each place times the matrix of its expert; `bias` [E N]. A benchmark may say `how`."""
         self._check(image, matrix, bias, routing)
-        how = how or self._choose(matrix, routing)
-        count = 1 if matrix.plan.is_whole(how.variant) else matrix.plan.slices
+        hows = [how or self._choose(matrix, region.unit, routing) for region in routing.regions]
+        count = 1 if all(matrix.plan.is_whole(how.variant) for how in hows) else matrix.plan.slices
         out = torch.empty(count, routing.num_places, matrix.shape[0], device=self._gpu.device)
-        self._launch(image, matrix, how, out, routing, [])
+        self._launch(image, matrix, hows, out, routing, [])
         return Part(out, bias, routing.experts)
 
     def up(
@@ -133,14 +168,16 @@ class ExpertOps:
         """
         self._check(image, matrix, bias, routing)
         self._begin(matrix, kind)
-        variant = matrix.plan.activated(self._variant(matrix, routing.unit), kind)
-        if variant is None:
-            return None
+        hows = list[Grouped]()
+        for region in routing.regions:
+            variant = self._activated(matrix, region.unit, kind)
+            if variant is None:
+                return None
+            hows.append(Grouped(variant, matrix.shape[0] // (64 * variant.warpgroups)))
         if bias is not None:
             self._gpu.require(bias)
         out = image.new_empty(image_shape(1, matrix.shape[0] // 2)[0], *image.shape[1:])
-        how = Grouped(variant, matrix.shape[0] // (64 * variant.warpgroups))
-        self._launch(image, matrix, how, out, routing, [bias])
+        self._launch(image, matrix, hows, out, routing, [bias])
         return out
 
     def _check(self, image: Tensor, matrix: TiledMatrix, bias: Tensor | None, routing: Routing) -> None:
@@ -156,35 +193,53 @@ class ExpertOps:
         self._gpu.require(matrix.tiles, dtype=torch.uint8)
 
     def _launch(
-        self, image: Tensor, matrix: TiledMatrix, how: Grouped, out: Tensor, routing: Routing, more: list[Argument]
-    ) -> None:
-        """`more` is what the variant's activation needs."""
+        self, image: Tensor, matrix: TiledMatrix, hows: Sequence[Grouped], out: Tensor, routing: Routing,
+        more: list[Argument],
+    ) -> None:  # fmt: skip
+        """For each region, from its first place on; `out`, sums or an image, likewise. Large units first: blocks that
+        take long are no good end. `more` is what an activation needs.
+        """
+        rows = 8 if out.ndim == 4 else 1  # of a step of `out`
+        for i, (region, how) in enumerate(zip(routing.regions, hows, strict=True)):
+            turn = i + 1 if len(hows) > 1 else 0
+            operands = image[:, region.first // 8 :], out[:, region.first // rows :]
+            self._launch_region(matrix, how, operands, region, turn, more)
+
+    def _launch_region(
+        self, matrix: TiledMatrix, how: Grouped, operands: tuple[Tensor, Tensor], region: Region, turn: int,
+        more: list[Argument],
+    ) -> None:  # fmt: skip
         (n, _), (_, depth, _), (variant, blocks) = matrix.shape, matrix.tiles.shape, how
-        slices, units, share = matrix.plan.slices, len(routing.owners), routing.unit // (8 * variant.groups)
-        source, name = kernel_of(matrix.type, variant, grouped=True)
-        args: list[Argument] = [matrix.tiles, image, out, n, depth, routing.num_places, image.shape[1]]
+        slices, units, share = matrix.plan.slices, len(region.owners), region.unit // (8 * variant.groups)
+        source, name = kernel_of(matrix.type, variant, grouped=True, turn=turn)
+        groups = operands[0].stride(0) // (8 * 64)  # of the whole image; sums are whole where there are two regions
+        args: list[Argument] = [matrix.tiles, *operands, n, depth, region.num_places, groups]
         shared = matrix.plan.shared_bytes(variant)
         if isinstance(variant, FewTokens):
             work = Work((blocks, slices, units * share), variant.warps * 32, shared)
-            self._gpu.launch(source, name, work, [*args, routing.owners, share])
+            self._gpu.launch(source, name, work, [*args, region.owners, share])
         else:
             side_by_side = 1 if variant.sequential else slices
             work = Work((blocks, side_by_side, units), variant.warpgroups * 128 + 128, shared)
-            self._gpu.launch(source, name, work, [*args, slices, routing.owners, *more])
+            self._gpu.launch(source, name, work, [*args, slices, region.owners, *more])
 
     def _begin(self, matrix: TiledMatrix, kind: str = "") -> None:
         """Begin to compile for all units: they will come, and to compile them then would hold up a step."""
         if matrix.plan in self._begun:
             return
         self._begun.add(matrix.plan)
-        for unit in UNITS[self._gpu.card.has_wgmma]:
-            variant = self._variant(matrix, unit)
-            found = matrix.plan.activated(variant, kind) if kind else None
-            self._gpu.compile_ahead(kernel_of(matrix.type, found or variant, grouped=True)[0])
+        has_wgmma = self._gpu.card.has_wgmma
+        coming = [(unit, 0) for unit in UNITS[has_wgmma]]
+        if has_wgmma:
+            coming += [(2 * unit, 1) for unit in SMALL_UNITS] + [(unit, 2) for unit in SMALL_UNITS]
+        for unit, turn in coming:
+            found = self._activated(matrix, unit, kind) if kind else None
+            variant = found or self._variant(matrix, unit)
+            self._gpu.compile_ahead(kernel_of(matrix.type, variant, grouped=True, turn=turn)[0])
 
-    def _choose(self, matrix: TiledMatrix, routing: Routing) -> Grouped:
+    def _choose(self, matrix: TiledMatrix, unit: int, routing: Routing) -> Grouped:
         self._begin(matrix)
-        variant, strips = self._variant(matrix, routing.unit), -(-matrix.shape[0] // 16)
+        variant, strips = self._variant(matrix, unit), -(-matrix.shape[0] // 16)
         if isinstance(variant, ManyTokens):
             return Grouped(variant, -(-strips // (4 * variant.warpgroups)))
         busy = routing.num_experts * (1 - (1 - routing.share) ** len(routing.weights))
@@ -194,6 +249,8 @@ class ExpertOps:
     def _variant(self, matrix: TiledMatrix, unit: int) -> Variant:
         card, plan, words = self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
         if unit >= MANY_ROWS and card.has_wgmma:
+            if unit >= WIDE_ROWS and words <= 9:
+                return ManyTokens(unit, 4, 2, 6, plan.slices > 1)
             fits_twice = words <= 18 and unit <= (64 if words <= 9 else 48)
             ctas = 3 if unit <= 24 and words <= 8 else 2 if fits_twice else 1
             depth = 1 if words >= 32 else 3 if ctas == 2 and words <= 9 else 2
@@ -204,20 +261,54 @@ class ExpertOps:
             few = replace(few, groups=few.groups // 2)
         return few
 
-    def combine(self, given: Part, routing: Routing) -> Tensor:
-        """What the places gave → rows f32 [T, N], slot by slot in order."""
+    def _activated(self, matrix: TiledMatrix, unit: int, kind: str) -> ManyTokens | None:
+        """The variant with an activation, by whose blocks gate and up must divide: wide ones do so less often."""
+        variant, plan = self._variant(matrix, unit), matrix.plan
+        if found := plan.activated(variant, kind):
+            return found
+        return plan.activated(replace(variant, warpgroups=2), kind) if isinstance(variant, ManyTokens) else None
+
+    def combine(self, given: Part, routing: Routing, done: Sequence[Tensor] = ()) -> Tensor:
+        """What the places gave → rows f32 [T, N], slot by slot in order.
+
+        `given`, and up to two images in `done`, may be gone afterwards: they need not be written to memory.
+        """
         num_rows, width = routing.weights.shape[0], given.slices.shape[2]
         if width % 4:
             raise ValueError(f"rows of {width} numbers: a multiple of 4 is needed")
         y = torch.empty(num_rows, width, device=self._gpu.device)
         part = self._ops.part(given, routing.num_places, width)
-        args: list[Argument] = [part, routing.places, routing.weights, y, routing.num_places]
-        self._ops.rows(routing.source, "combine", -(-width // 256), num_rows, ROW_THREADS, args)
+        ends = _Done()
+        for i, image in enumerate(done):
+            self._gpu.require(image, dtype=torch.bfloat16)
+            ends.images[i] = image.data_ptr()
+            ends.lines[i] = image.nbytes // 128 if image.data_ptr() % 128 == 0 else 0
+        args: list[Argument] = [part, routing.places, routing.weights, y, routing.num_places, ends]
+        name = "combine_whole" if len(given.slices) == 1 else "combine"
+        self._ops.rows(routing.source, name, -(-width // 256), num_rows, ROW_THREADS, args)
         return y
 
 
-def unit_rows(pairs: int, num_experts: int, has_wgmma: bool) -> int:
-    """Rows of an expert multiplied at a time: what one has when rows spread evenly, and two deviations more."""
+def unit_rows(pairs: int, num_experts: int, has_wgmma: bool) -> tuple[int, int]:
+    """Rows of small units, 0 where there are none, and of large ones.
+
+    Alone, a unit holds what an expert has when rows spread evenly, and two deviations more. Of two, the small one
+    holds the mean: most experts have about that or less, and those that a router prefers often twice as much.
+    """
     mean = pairs / num_experts
-    sizes = UNITS[has_wgmma]
-    return next((unit for unit in sizes if mean + 2 * mean**0.5 <= unit), sizes[-1])
+    alone = next((unit for unit in UNITS[has_wgmma] if mean + 2 * mean**0.5 <= unit), 0)
+    if alone or not has_wgmma:
+        return 0, alone or UNITS[has_wgmma][-1]
+    small = next((unit for unit in SMALL_UNITS if mean <= unit), SMALL_UNITS[-1])
+    return small, 2 * small
+
+
+def unit_counts(pairs: int, num_experts: int, small: int, large: int) -> tuple[int, int]:
+    """The most small and large units that `pairs` can need, however they fall.
+
+    As rows.cu gives units out, an expert has its first large one from small + 1 rows on, and one more for every
+    `large` rows beyond. So m experts that have any, with p rows, have m + (p - m (small + 1)) // large at most; this
+    grows with m, and more than p // (small + 1) such experts there cannot be.
+    """
+    most = min(num_experts, pairs // (small + 1))
+    return min(num_experts, pairs) if small else 0, most + (pairs - most * (small + 1)) // large

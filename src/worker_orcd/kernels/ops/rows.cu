@@ -67,7 +67,8 @@ DEVICE void normalize(Shared& shared, int& turn, int rank, float4* v, const Norm
 #else
 #define TOGETHER
 #endif
-// x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows CLUSTER)
+// x += after(y) factor, unless y is empty; image = norm(x), unless it is null. Sums of many rows are gone afterwards.
+// grid (rows CLUSTER)
 extern "C" __global__ void __launch_bounds__(BLOCK) TOGETHER
 add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
          const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8) {
@@ -103,6 +104,11 @@ add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_con
     v[i] = make_float4(fmaf(v[i].x, factor, old[i].x), fmaf(v[i].y, factor, old[i].y), fmaf(v[i].z, factor, old[i].z),
                        fmaf(v[i].w, factor, old[i].w));
     if (y.count && k < WIDTH) *(float4*)(x + (u64)t * WIDTH + k) = v[i];
+  }
+  if (T >= MANY) {
+    __syncwarp();  // all of a line has been read
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) forget_sums(y, T, t, place(rank, i));
   }
   if (!image) return;
   normalize(sums, turn, rank, v, norm, by);
@@ -280,63 +286,79 @@ DEVICE void route_row(const Sums& scores, int* chosen, float* weights, int t, in
     for (int slot = 0; slot < USED; slot++) weights[t * USED + slot] = expf(best[slot] - best[0]) / total;
 }
 
-// Places for the pairs (row, slot), expert by expert, each expert's from a multiple of `unit`. owners: for each unit
-// its expert or -1; experts: the same for each place, -1 where nobody is. One block.
+// Places for the pairs (row, slot), a unit's all for one expert: first those of `smalls` units of `small` rows, then of
+// `larges` units of `large`. An expert takes large units while it fills them; what is left goes to a small one if it
+// fits there, else to one more large one. owners: for each unit its expert, or -1, all of these behind the others of
+// the size; experts: the same for each place, -1 where nobody is. One block.
 #define ARRANGERS 1024
-DEVICE void arrange_pairs(const int* chosen, int* places, int* experts, int* owners, int pairs, int units, int unit) {
-  __shared__ int count[EXPERTS], first[EXPERTS];
+struct Units {
+  int smalls, larges, small, large;
+};
+DEVICE void arrange_pairs(const int* chosen, int* places, int* experts, int* owners, int pairs, const Units& units) {
+  const int large_from = units.smalls * units.small;  // a place
+  __shared__ int count[EXPERTS], in_large[EXPERTS], to_large[EXPERTS], to_small[EXPERTS];  // to_: added to a row's number
   for (int e = threadIdx.x; e < EXPERTS; e += ARRANGERS) count[e] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += ARRANGERS) atomicAdd(&count[chosen[i]], 1);
-  for (int i = threadIdx.x; i < units * unit; i += ARRANGERS) experts[i] = -1;
-  for (int i = threadIdx.x; i < units; i += ARRANGERS) owners[i] = -1;
+  for (int i = threadIdx.x; i < large_from + units.larges * units.large; i += ARRANGERS) experts[i] = -1;
+  for (int i = threadIdx.x; i < units.smalls + units.larges; i += ARRANGERS) owners[i] = -1;
   __syncthreads();
   if (threadIdx.x < 32) {  // the units of the experts before each, 32 experts at a time
-    for (int base = 0, before = 0; base < EXPERTS; base += 32) {
-      const int e = base + threadIdx.x, own = e < EXPERTS ? (count[e] + unit - 1) / unit : 0;
+    for (int base = 0, smalls = 0, larges = 0; base < EXPERTS; base += 32) {
+      const int e = base + threadIdx.x, n = e < EXPERTS ? count[e] : 0;
+      const int own = (n + units.large - units.small - 1) / units.large, rows = own * units.large;
+      const u32 has_small = __ballot_sync(~0u, n > rows);
       int sum = own;
       for (int step = 1; step < 32; step <<= 1) {
         const int other = __shfl_up_sync(~0u, sum, step);
         if (threadIdx.x >= step) sum += other;
       }
-      const int at = before + sum - own;
-      if (e < EXPERTS) first[e] = at * unit, count[e] = 0;
-      for (int i = 0; i < own; i++) owners[at + i] = e;
-      before += __shfl_sync(~0u, sum, 31);
+      const int at = larges + sum - own, small_at = smalls + __popc(has_small & ((1u << threadIdx.x) - 1));
+      if (e < EXPERTS) {
+        count[e] = 0, in_large[e] = rows;
+        to_large[e] = large_from + at * units.large, to_small[e] = small_at * units.small - rows;
+      }
+      for (int i = 0; i < own; i++) owners[units.smalls + at + i] = e;
+      if (n > rows) owners[small_at] = e;
+      larges += __shfl_sync(~0u, sum, 31), smalls += __popc(has_small);
     }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += ARRANGERS) {
-    const int e = chosen[i], place = first[e] + atomicAdd(&count[e], 1);
+    const int e = chosen[i], row = atomicAdd(&count[e], 1);
+    const int place = row + (row < in_large[e] ? to_large[e] : to_small[e]);
     places[i] = place, experts[place] = e;
   }
 }
 
+// What comes next reads `weights_ahead`: so many pieces of 16 KiB are asked for while memory has little else to do.
 // grid (T), 32 threads
 extern "C" __global__ void __launch_bounds__(32)
-route(const __grid_constant__ Sums scores, int* chosen, float* weights, int T, int over_chosen) {
+route(const __grid_constant__ Sums scores, int* chosen, float* weights, int T, int over_chosen, const char* weights_ahead,
+      int pieces) {
   start_next_kernel();
+  for (int i = blockIdx.x * 32 + threadIdx.x; i < pieces; i += gridDim.x * 32) ask(weights_ahead + (u64)i * 16384, 16384);
   await_previous_kernel();
   route_row(scores, chosen, weights, blockIdx.x, T, over_chosen);
 }
 
 // grid (1), ARRANGERS threads
 extern "C" __global__ void __launch_bounds__(ARRANGERS)
-arrange(const int* chosen, int* places, int* experts, int* owners, int pairs, int units, int unit) {
+arrange(const int* chosen, int* places, int* experts, int* owners, int pairs, const __grid_constant__ Units units) {
   start_next_kernel();
   await_previous_kernel();
-  arrange_pairs(chosen, places, experts, owners, pairs, units, unit);
+  arrange_pairs(chosen, places, experts, owners, pairs, units);
 }
 
 // Both, for at most a row a warp. grid (1), ARRANGERS threads
 extern "C" __global__ void __launch_bounds__(ARRANGERS)
 route_and_arrange(const __grid_constant__ Sums scores, int* chosen, float* weights, int* places, int* experts,
-                  int* owners, int T, int over_chosen, int units, int unit) {
+                  int* owners, int T, int over_chosen, const __grid_constant__ Units units) {
   start_next_kernel();
   await_previous_kernel();
   if ((threadIdx.x >> 5) < T) route_row(scores, chosen, weights, threadIdx.x >> 5, T, over_chosen);
   __syncthreads();
-  arrange_pairs(chosen, places, experts, owners, T * USED, units, unit);
+  arrange_pairs(chosen, places, experts, owners, T * USED, units);
 }
 
 // Copy each row's image to the places of its pairs, EACH times 16 bytes a thread. grid (ceil(units of a row / 64 EACH),
@@ -369,31 +391,66 @@ spread_many(const uint4* __restrict__ from, uint4* __restrict__ to, const int* _
   copy_to_places<4>(from, to, places, units, T8, P8);
 }
 
-// y[t][n] = sum over slots, in order, of weight times what the expert gave. grid (ceil(N / 256), T), 64 threads
-extern "C" __global__ void __launch_bounds__(64)
-combine(const __grid_constant__ Part given, const int* __restrict__ places, const float* __restrict__ weights,
-        float* __restrict__ y, int P) {
+// y[t][n] = sum over slots, in order, of weight times what the expert gave. Where, how much and the biases are known since
+// `spread`; each is fetched for all slots at once. WHOLE: of one slice, which leaves room for more blocks. What was given
+// to many rows is gone afterwards, and so are the `done` images, of so many lines of 128 bytes.
+// grid (ceil(N / 256), T), 64 threads
+struct Done {
+  const char* images[2];
+  int lines[2];
+};
+template <bool WHOLE>
+DEVICE void combine_slots(const Part& given, const int* places, const float* weights, float* y, int P, const Done& done) {
   start_next_kernel();
   const int n = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
   if (n >= given.width) return;
+  const u64 stride = (u64)P * given.width / 4;
   Column<float4> columns[USED];
-  float4 found[USED], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  float4 found[USED], bias[USED], sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  int place[USED], expert[USED];
   float by[USED];
 #pragma unroll
-  for (int slot = 0; slot < USED; slot++) {  // where, and how much: known since `spread`
-    columns[slot] = column<float4>(given, P, fresh(places + t * USED + slot), n);
+  for (int slot = 0; slot < USED; slot++) {
+    place[slot] = fresh(places + t * USED + slot);
     by[slot] = __int_as_float(fresh((const int*)weights + t * USED + slot));
   }
-  await_previous_kernel();
-  add_up<USED <= 4 ? 3 : 1>(columns, found);
+#pragma unroll
+  for (int slot = 0; slot < USED; slot++) expert[slot] = given.experts ? fresh(given.experts + place[slot]) : 0;
 #pragma unroll
   for (int slot = 0; slot < USED; slot++) {
-    const float4 v = found[slot];
+    set_zero(bias[slot]);
+    if (given.bias) bias[slot] = *(const float4*)(given.bias + (u64)expert[slot] * given.width + n);
+    const float4* slices = (const float4*)(given.slices + (u64)place[slot] * given.width + n);
+    columns[slot] = {slices, nullptr, stride, WHOLE ? 1 : given.count};
+  }
+  await_previous_kernel();
+  add_up<!WHOLE && USED <= 4 ? 3 : 1>(columns, found);
+#pragma unroll
+  for (int slot = 0; slot < USED; slot++) {
+    const float4 v = plus(found[slot], bias[slot]);
     const float w = by[slot];
     sum = make_float4(__fadd_rn(sum.x, __fmul_rn(w, v.x)), __fadd_rn(sum.y, __fmul_rn(w, v.y)),
                       __fadd_rn(sum.z, __fmul_rn(w, v.z)), __fadd_rn(sum.w, __fmul_rn(w, v.w)));
   }
   *(float4*)(y + (u64)t * given.width + n) = sum;
+  if (gridDim.y < MANY) return;
+  __syncwarp();  // all of a line has been read
+#pragma unroll
+  for (int slot = 0; slot < USED; slot++) forget_sums(given, P, place[slot], n);
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    for (int line = (t * gridDim.x + blockIdx.x) * 64 + threadIdx.x; line < done.lines[i]; line += gridDim.y * gridDim.x * 64)
+      forget(done.images[i] + (u64)line * 128);
+}
+extern "C" __global__ void __launch_bounds__(64)
+combine(const __grid_constant__ Part given, const int* __restrict__ places, const float* __restrict__ weights,
+        float* __restrict__ y, int P, const __grid_constant__ Done done) {
+  combine_slots<false>(given, places, weights, y, P, done);
+}
+extern "C" __global__ void __launch_bounds__(64)
+combine_whole(const __grid_constant__ Part given, const int* __restrict__ places, const float* __restrict__ weights,
+              float* __restrict__ y, int P, const __grid_constant__ Done done) {
+  combine_slots<true>(given, places, weights, y, P, done);
 }
 #endif
 

@@ -1,0 +1,418 @@
+// Attention of rows that are alone in their sequence: softmax(q k^T scale) v over a paged cache, in the order that
+// attention.py states, so a row has the bits that prompt_kernel gives it: every product, sum and rounding is the same.
+//
+// A block of WARPS takes up to 8 query heads that share a key/value head through its part of the keys, TILE at a time.
+// Queries are rows of the first product, columns of the second, whose rows are the values' columns: so what leaves the
+// first is what the second takes, and neither has more than 8 rows of nobody. Warps share the keys of a tile for the
+// scores, and the columns for the weighted sum. Tiles of keys and of values take turns in SLOTS buffers; all but the
+// newest key are from earlier steps and are on their way before the kernel ahead has ended. With ROTATED queries, newest
+// key and value are made here from the projection's sums, as rope_store in rows.cu makes them; else they lie in q and
+// in the cache.
+#include "flow.cuh"
+
+#if KV_BITS == 17  // as in rows.cu
+DEVICE void mma_kv(float* c, const u32* a, const u32* b) { mma_fp16(c, a, b); }
+DEVICE u32 pair(float low, float high) { return fp16x2(low, high); }
+constexpr u32 ONES = 0x3C003C00u;
+#else
+DEVICE void mma_kv(float* c, const u32* a, const u32* b) { mma(c, a, b); }
+DEVICE u32 pair(float low, float high) { return bf16x2(low, high); }
+constexpr u32 ONES = 0x3F803F80u;
+#endif
+
+constexpr int SPLIT = 256, TILE = DIM <= 128 ? 64 : 32, ROWS = 8, THREADS = WARPS * 32;
+constexpr int CHUNKS = DIM / 8, STRIDE = DIM * 2 + 16;  // of a row: 16-byte pieces, and bytes; none of 8 rows share a bank
+constexpr int SLOT_BYTES = TILE * STRIDE, STEPS = TILE / 16, OWN_STEPS = STEPS / WARPS;  // of 16 keys
+constexpr int LANES = CHUNKS & -CHUNKS, FETCHED = THREADS / LANES;  // threads that copy a row, rows copied at once
+constexpr int BANDS = DIM / 16, OWN_BANDS = (BANDS + WARPS - 1) / WARPS;                 // of 16 columns
+constexpr float LOWEST = -1e30f, LOG2_E = 1.4426950408889634f;
+#define NOTHING __int_as_float(0xff800000)
+
+struct Form {
+  int heads, kv_heads, window, table_width, half, interleaved;
+  int groups, pad;  // of the image that is written: groups of 8 rows, columns behind the last head; groups 0: rows, float32
+  float factor, soft_cap;  // of scores: to the base 2 without a cap (0), else divided by it
+};
+struct Cache {
+  u16 *k, *v;  // [blocks][BLOCK][Hk][DIM]
+  const long long* table;  // of this sequence
+  int token_elems, head;   // elements from a token to the next, and to this head
+};
+struct Shared {
+  u32 slots, queries;  // addresses; queries [ROWS][STRIDE]
+  u16* newest;         // [2][DIM], key and value
+  float *made, *angles, *peaks;  // [ROWS + 2][DIM]; cos, sin [2][half]; [WARPS][ROWS]
+  uint2* weights;                // [STEPS][32]
+};
+
+DEVICE void sync_block() {
+  if (WARPS == 1) __syncwarp();
+  else __syncthreads();
+}
+
+// The blocks of WINDOW_BLOCKS from that of position `start` on, two of them in a lane.
+constexpr int WINDOW_BLOCKS = 64, WINDOW = WINDOW_BLOCKS * BLOCK;  // at least a tile
+DEVICE void find_blocks(const Cache& cache, int start, int high, int* blocks) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int at = start / BLOCK + i * 32 + (threadIdx.x & 31);
+    blocks[i] = at * BLOCK < high ? (int)fresh(cache.table + at) : 0;
+  }
+}
+DEVICE int block_of(const int* blocks, int number) {  // of the window; all lanes ask
+  const int low = __shfl_sync(~0u, blocks[0], number & 31), high = __shfl_sync(~0u, blocks[1], number & 31);
+  return number < 32 ? low : high;
+}
+// Begin to copy a tile of keys or values, whose first block is `number` of the window; unless it is WHOLE, what lies at
+// `old` or beyond becomes zeros.
+template <bool WHOLE>
+DEVICE void fetch(const Cache& cache, const u16* from, const int* blocks, int number, int start, int old, u32 slot) {
+  const int first = threadIdx.x / LANES, chunk = threadIdx.x % LANES, step = FETCHED * cache.token_elems;
+  slot += first * STRIDE + chunk * 16;
+  const u16* at = from;
+#pragma unroll
+  for (int row = 0; row < TILE; row += FETCHED) {
+    if (FETCHED > BLOCK || row % BLOCK == 0) {  // another block begins
+      const int inside = FETCHED > BLOCK ? first % BLOCK : first;
+      const int block = block_of(blocks, number + (FETCHED > BLOCK ? row + first : row) / BLOCK);
+      at = from + ((u64)block * BLOCK + start % BLOCK + inside) * cache.token_elems + cache.head + chunk * 8;
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c += LANES)
+      copy16_or_zeros(slot + row * STRIDE + c * 16, at + c * 8, WHOLE || start + row + first < old);
+    at += step;
+  }
+}
+
+// The columns of a row of `made`: own queries first, then the new key and the new value.
+DEVICE int column_of(const Form& form, int row, int own, int first, int kv_head) {
+  const int head = row < own ? first + row : form.heads + kv_head + (row > own ? form.kv_heads : 0);
+  return head * DIM;
+}
+// Sums of all rows added up.
+#if ROTATED
+DEVICE void add_rows(const Form& form, const Sums& qkv, float* made, int rows, int own, int first, int kv_head, int t,
+                     int T) {
+  constexpr int QUADS = DIM / 4, AT_ONCE = AHEAD <= 4 ? 4 : 2;  // columns of four, of a thread
+  for (int start = threadIdx.x; start < rows * QUADS; start += THREADS * AT_ONCE) {
+    Column<float4> columns[AT_ONCE];
+    float4 found[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int at = start + i * THREADS, row = at < rows * QUADS ? at / QUADS : 0;
+      columns[i] = column<float4>(qkv, T, t, column_of(form, row, own, first, kv_head) + at % QUADS * 4);
+      if (at >= rows * QUADS) columns[i].count = 0, columns[i].bias = nullptr;
+    }
+    add_up<AHEAD>(columns, found);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+      if (start + i * THREADS < rows * QUADS) ((float4*)made)[start + i * THREADS] = found[i];
+  }
+}
+// Two numbers of a row of sums that turn together, by angle i.
+DEVICE void turn(const Form& form, const float* angles, int i, float& a, float& b) {
+  const float c = angles[i], s = angles[form.half + i], x = a;
+  a = __fsub_rn(__fmul_rn(x, c), __fmul_rn(b, s)), b = __fadd_rn(__fmul_rn(x, s), __fmul_rn(b, c));
+}
+// A row of sums, rotated if it `turns`, as it is kept: a lane's pairs of numbers, to `store(d, both)`.
+template <class F>
+DEVICE void rotate(const Form& form, const float* row, const float* angles, bool turns, F&& store) {
+  const int apart = turns && !form.interleaved ? form.half : 0;  // between the numbers that turn together
+  for (int i = (threadIdx.x & 31) * 2; i < DIM / 2; i += 64) {  // 4 numbers: d, d + 1, e, e + 1; `half` is even
+    const int d = i < apart ? i : 2 * i, e = i < apart ? i + apart : d + 2;
+    float2 v = *(const float2*)(row + d), w = *(const float2*)(row + e);
+    if (i < apart) turn(form, angles, i, v.x, w.x), turn(form, angles, i + 1, v.y, w.y);
+    if (turns && form.interleaved && d / 2 < form.half) turn(form, angles, d / 2, v.x, v.y);
+    if (turns && form.interleaved && e / 2 < form.half) turn(form, angles, e / 2, w.x, w.y);
+    store(d, pair(v.x, v.y)), store(e, pair(w.x, w.y));
+  }
+}
+#endif
+
+// Attention's state of a block: for columns g and g + 8 of its warp's bands, queries 2 quad and 2 quad + 1.
+struct State {
+  float acc[OWN_BANDS][4], total[2], peak;  // the peak is that of query g
+};
+DEVICE void clear(State& s) {
+#pragma unroll
+  for (int i = 0; i < OWN_BANDS * 4; i++) s.acc[i >> 2][i & 3] = 0.f;
+  s.peak = LOWEST, s.total[0] = s.total[1] = 0.f;
+}
+// What lanes of a query have, for lanes that have two of them in their columns.
+DEVICE void by_column(float v, float (&columns)[2]) {
+  const int quad = threadIdx.x & 3;
+  columns[0] = __shfl_sync(~0u, v, quad * 8), columns[1] = __shfl_sync(~0u, v, quad * 8 + 4);
+}
+// Add a partial to `run`; one that saw nothing changes no bit.
+DEVICE void fold(State& run, const State& part) {
+  const float peak = fmaxf(run.peak, part.peak);
+  float weight[2], part_weight[2];
+  by_column(power_of_2(__fsub_rn(run.peak, peak)), weight), by_column(power_of_2(__fsub_rn(part.peak, peak)), part_weight);
+  run.peak = peak;
+#pragma unroll
+  for (int e = 0; e < 2; e++) run.total[e] = fmaf(part.total[e], part_weight[e], __fmul_rn(run.total[e], weight[e]));
+#pragma unroll
+  for (int i = 0; i < OWN_BANDS * 4; i++) {
+    float& own = run.acc[i >> 2][i & 3];
+    own = fmaf(part.acc[i >> 2][i & 3], part_weight[i & 1], __fmul_rn(own, weight[i & 1]));
+  }
+}
+
+// scores [own keys] of the queries and a tile of keys; of each four only the first two are of queries
+DEVICE void score(float (&s)[OWN_STEPS][2][4], u32 queries, u32 keys) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const u32 a_at = queries + (lane & 7) * STRIDE + (lane >> 3) * 16;
+  const u32 b_at = keys + (warp * OWN_STEPS * 16 + (lane & 7) + (lane >> 4) * 8) * STRIDE + (lane >> 3 & 1) * 16;
+#pragma unroll
+  for (int i = 0; i < OWN_STEPS * 8; i++) s[i >> 3][i >> 2 & 1][i & 3] = 0.f;
+  u32 rows[4];
+#pragma unroll
+  for (int band = 0; band < BANDS; band++) {
+    if (band % 2 == 0) load_matrix4_ordered(rows, a_at + band * 32);  // of two bands; behind the last lies something
+    const u32 a[4] = {rows[band % 2 * 2], 0, rows[band % 2 * 2 + 1], 0};
+    u32 b[4];
+#pragma unroll
+    for (int step = 0; step < OWN_STEPS; step++) {
+      load_matrix4_ordered(b, b_at + step * 16 * STRIDE + band * 32);
+      mma_kv(s[step][0], a, b), mma_kv(s[step][1], a, b + 2);
+    }
+  }
+}
+// scores → weights, packed as the next product takes them; the state follows the new peaks. `limit`: the row's position
+DEVICE void weigh(float (&s)[OWN_STEPS][2][4], uint2 (&weights)[STEPS], State& state, const Form& form,
+                  const Shared& shared, int start, int limit) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+  const float to_base_2 = form.soft_cap > 0.f ? LOG2_E : form.factor;
+  float peak = NOTHING, rescale[2];
+  if (form.soft_cap > 0.f) {
+#pragma unroll
+    for (int i = 0; i < OWN_STEPS * 4; i++) {
+      float& v = s[i >> 2][i >> 1 & 1][i & 1];
+      const float e = power_of_2(__fmul_rn(__fmul_rn(v, form.factor), (float)(2 * 1.4426950408889634)));
+      v = __fmul_rn(form.soft_cap, __fsub_rn(1.f, quotient(2.f, __fadd_rn(1.f, e))));
+    }
+  }
+  if (start + TILE - 1 > limit || (form.window && start <= limit - form.window)) {
+    const int lowest = form.window ? limit - form.window : -1;
+#pragma unroll
+    for (int i = 0; i < OWN_STEPS * 4; i++) {
+      const int position = start + warp * OWN_STEPS * 16 + (i >> 1) * 8 + quad * 2 + (i & 1);
+      if (position > limit || position <= lowest) s[i >> 2][i >> 1 & 1][i & 1] = NOTHING;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < OWN_STEPS * 4; i++) peak = fmaxf(peak, s[i >> 2][i >> 1 & 1][i & 1]);
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes <<= 1) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, lanes));
+  if (WARPS > 1) {
+    if (quad == 0) shared.peaks[warp * ROWS + g] = peak;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, shared.peaks[w * ROWS + g]);
+  }
+  const float now = fmaxf(state.peak, __fmul_rn(peak, to_base_2));
+  by_column(power_of_2(__fsub_rn(state.peak, now)), rescale);
+  state.peak = now;
+#pragma unroll
+  for (int e = 0; e < 2; e++) state.total[e] = __fmul_rn(state.total[e], rescale[e]);
+#pragma unroll
+  for (int i = 0; i < OWN_BANDS * 4; i++) {
+    float& own = state.acc[i >> 2][i & 3];
+    own = __fmul_rn(own, rescale[i & 1]);
+  }
+#pragma unroll
+  for (int step = 0; step < OWN_STEPS; step++) {
+    float w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = power_of_2(fmaf(s[step][i >> 1][i & 1], to_base_2, -now));
+    weights[step] = make_uint2(pair(w[0], w[1]), pair(w[2], w[3]));
+    if (WARPS > 1) shared.weights[(warp * OWN_STEPS + step) * 32 + lane] = weights[step];
+  }
+}
+// state += weights · values, and the sum of the weights as a product with ones
+DEVICE void add_values(const uint2 (&weights)[STEPS], State& state, const Shared& shared, u32 values) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const u32 a_at = values + ((lane & 7) + (lane >> 4) * 8) * STRIDE + (lane >> 3 & 1) * 16;
+  const u32 ones[4] = {ONES, ONES, ONES, ONES};
+  float totals[4] = {state.total[0], state.total[1], 0.f, 0.f};
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    const uint2 w = WARPS > 1 ? shared.weights[step * 32 + lane] : weights[step];
+    const u32 b[2] = {w.x, w.y};
+    mma_kv(totals, ones, b);
+#pragma unroll
+    for (int i = 0; i < OWN_BANDS; i++) {
+      u32 a[4];
+      const int band = warp + i * WARPS;
+      if (BANDS % WARPS && band >= BANDS) break;
+      load_matrix4_turned(a, a_at + step * 16 * STRIDE + band * 32);
+      mma_kv(state.acc[i], a, b);
+    }
+  }
+  state.total[0] = totals[0], state.total[1] = totals[1];
+}
+
+// Each pair of columns of the rows this block has: a lane gives one of its two queries away for another column.
+template <class F>
+DEVICE void for_own(const State& state, int own, F&& store) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, is_odd = g & 1, row = (lane & 3) * 2 + is_odd;
+#pragma unroll
+  for (int i = 0; i < OWN_BANDS; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float* v = state.acc[i] + half * 2;
+      const float kept = is_odd ? v[1] : v[0], other = __shfl_xor_sync(~0u, is_odd ? v[0] : v[1], 4);
+      const int band = warp + i * WARPS, d = band * 16 + half * 8 + (g & ~1);
+      if (row < own && band < BANDS) store(row, is_odd, d, is_odd ? other : kept, is_odd ? kept : other);
+    }
+}
+// As store4 in flow.cuh: columns k and k + 1, k even, of token t. No image has 2^32 bytes.
+DEVICE void store_pair(void* image, int groups, int t, int k, float low, float high) {
+  const u32 unit = (u32)(k & 31) >> 1, token = (((u32)k >> 7) * 2 + (unit >> 3)) * (groups * 8) + t;
+  ((u32*)image)[(token * 8 + ((unit ^ t) & 7)) * 4 + (k >> 5 & 3)] = bf16x2(low, high);
+}
+
+// partials: acc [S][Hq][splits][DIM], then (peak, total) [S][Hq][splits][2]; or null: this block folds its own.
+// grid (S, Hk ceil(group / 8), parts)
+extern "C" __global__ void __launch_bounds__(THREADS)
+decode(void* __restrict__ out,
+#if ROTATED
+       const __grid_constant__ Sums qkv, const float* __restrict__ cos, const float* __restrict__ sin,
+#else
+       const float* __restrict__ q,
+#endif
+       u16* k_cache, u16* v_cache, const float* __restrict__ sinks, const long long* __restrict__ query_starts,
+       const long long* __restrict__ context_lens, const long long* __restrict__ block_table,
+       float* __restrict__ partials, const __grid_constant__ Form form) {
+  extern __shared__ __align__(1024) char shared[];
+  start_next_kernel();
+  const int lane = threadIdx.x & 31, g = lane >> 2, seq = blockIdx.x, num_seqs = gridDim.x;
+  const int group = form.heads / form.kv_heads, row_tiles = (group + ROWS - 1) / ROWS;
+  const int kv_head = blockIdx.y / row_tiles, tile_row = blockIdx.y % row_tiles * ROWS;
+  const int own = min(ROWS, group - tile_row), first = kv_head * group + tile_row;
+  const int context_len = (int)fresh(context_lens + seq), last = context_len - 1;
+  const int t = ROTATED ? seq : (int)fresh(query_starts + seq);
+  const bool is_alone = ROTATED || (int)fresh(query_starts + seq + 1) - t == 1;
+
+  Shared here;
+  here.slots = shared_address(shared), here.queries = here.slots + SLOTS * SLOT_BYTES;
+  here.newest = (u16*)(shared + SLOTS * SLOT_BYTES + ROWS * STRIDE);
+  here.weights = (uint2*)(here.newest + 2 * DIM), here.peaks = (float*)(here.weights + (WARPS > 1 ? STEPS * 32 : 0));
+  here.angles = here.peaks + (WARPS > 1 ? WARPS * ROWS : 0), here.made = here.angles + (2 * form.half + 3) / 4 * 4;
+  Cache cache = {k_cache, v_cache, block_table + (u64)seq * form.table_width};
+  cache.token_elems = form.kv_heads * DIM, cache.head = kv_head * DIM;
+
+  int low = form.window ? max(0, context_len - form.window) / TILE * TILE : 0, high = context_len;
+  if (partials) {  // whole splits, as evenly as they go
+    const int begin = low / SPLIT, each = ((high + SPLIT - 1) / SPLIT - begin + gridDim.z - 1) / gridDim.z;
+    const int from = (begin + blockIdx.z * each) * SPLIT;
+    low = max(low, from), high = min(high, from + each * SPLIT);
+  }
+  const int items = is_alone && low < high ? (high - low + TILE - 1) / TILE * 2 : 0;  // tiles of keys and of values
+  int blocks[2], window = low;  // the window's blocks, and its first position: in whole tiles from `low`
+  auto begin_item = [&](int item) {
+    if (item < items) {
+      const int start = low + (item >> 1) * TILE;
+      if (start + TILE > window / BLOCK * BLOCK + WINDOW) window = start, find_blocks(cache, window, high, blocks);
+      const u16* from = item & 1 ? cache.v : cache.k;
+      const u32 slot = here.slots + item % SLOTS * SLOT_BYTES;
+      const int number = start / BLOCK - window / BLOCK;
+      if (start + TILE <= last) fetch<true>(cache, from, blocks, number, start, last, slot);
+      else fetch<false>(cache, from, blocks, number, start, last, slot);
+    }
+    close_copies();
+  };
+  find_blocks(cache, low, items ? high : 0, blocks);
+#pragma unroll 1
+  for (int item = 0; item < SLOTS; item++) begin_item(item);
+  const bool has_newest = low <= last && last < high;
+  const u64 newest_block = has_newest ? fresh(cache.table + last / BLOCK) : 0;
+  const u64 newest_at = (newest_block * BLOCK + last % BLOCK) * cache.token_elems + cache.head;
+#if ROTATED
+  for (int i = threadIdx.x; i < form.half; i += THREADS) {
+    here.angles[i] = cos[(u64)max(last, 0) * form.half + i];
+    here.angles[form.half + i] = sin[(u64)max(last, 0) * form.half + i];
+  }
+  await_previous_kernel();
+  const int rows = own + (has_newest ? 2 : 0);
+  add_rows(form, qkv, here.made, rows, own, first, kv_head, seq, num_seqs);
+  sync_block();
+  for (int row = threadIdx.x >> 5; row < rows; row += WARPS) {
+    const bool is_query = row < own, is_value = row == own + 1;
+    u16* const to = is_query ? (u16*)(shared + SLOTS * SLOT_BYTES + row * STRIDE) : here.newest + (row - own) * DIM;
+    u16* const kept = (is_value ? v_cache : k_cache) + newest_at;
+    rotate(form, here.made + row * DIM, here.angles, !is_value, [&](int d, u32 both) {
+      *(u32*)(to + d) = both;
+      if (!is_query && tile_row == 0) *(u32*)(kept + d) = both;
+    });
+  }
+#else
+  await_previous_kernel();
+  if (!is_alone) return;
+  for (int i = threadIdx.x; i < own * (DIM / 2); i += THREADS) {
+    const int row = i / (DIM / 2), d = i % (DIM / 2) * 2;
+    const float* from = q + ((u64)t * form.heads + first + row) * DIM + d;
+    *(u32*)(shared + SLOTS * SLOT_BYTES + row * STRIDE + d * 2) = pair(from[0], from[1]);
+  }
+  if (has_newest)
+    for (int i = threadIdx.x; i < 2 * CHUNKS; i += THREADS)
+      ((uint4*)here.newest)[i] = fresh((const uint4*)((i < CHUNKS ? k_cache : v_cache) + newest_at) + i % CHUNKS);
+#endif
+  sync_block();
+
+  State state, run;
+  clear(state), clear(run);
+  float s[OWN_STEPS][2][4];
+  uint2 weights[STEPS];
+  auto await_item = [&](int item) {  // the slot of the item before it has been read, and takes the next
+    sync_block();
+    if (item) begin_item(item + SLOTS - 1);
+    await_copies<SLOTS - 1>();
+    sync_block();
+    const int row = last - low - (item >> 1) * TILE;
+    if (has_newest && row < TILE) {
+      for (int i = threadIdx.x; i < CHUNKS; i += THREADS)
+        *(uint4*)(shared + item % SLOTS * SLOT_BYTES + row * STRIDE + i * 16) =
+            ((const uint4*)here.newest)[(item & 1) * CHUNKS + i];
+      sync_block();
+    }
+    return here.slots + item % SLOTS * SLOT_BYTES;
+  };
+  const u64 num_splits = ((u64)form.table_width * BLOCK + SPLIT - 1) / SPLIT;
+#pragma unroll 1
+  for (int item = 0; item < items; item += 2) {
+    const int start = low + (item >> 1) * TILE, end = start + TILE;
+    score(s, here.queries, await_item(item));
+    weigh(s, weights, state, form, here, start, last);
+    add_values(weights, state, here, await_item(item + 1));
+    if (end % SPLIT && end < high) continue;
+    if (partials) {
+      const u64 part = ((u64)seq * form.heads + first) * num_splits + (end - 1) / SPLIT;
+      float* stats = partials + (u64)num_seqs * form.heads * num_splits * DIM;
+      for_own(state, own, [&](int row, int e, int d, float a, float b) {
+        float* to = partials + (part + row * num_splits) * DIM + d;
+        to[0] = a, to[1] = b;
+        if (d == 0) stats[(part + row * num_splits) * 2 + 1] = e ? state.total[1] : state.total[0];
+      });
+      if (threadIdx.x < 32 && lane % 4 == 0 && g < own) stats[(part + g * num_splits) * 2] = state.peak;
+    } else {
+      fold(run, state);
+    }
+    clear(state);
+  }
+  if (partials) return;
+
+  if (sinks) {
+    state.peak = g < own ? __fmul_rn(sinks[first + g], LOG2_E) : 0.f, state.total[0] = state.total[1] = 1.f;
+    fold(run, state);
+  }
+  for_own(run, own, [&](int row, int e, int d, float a, float b) {
+    const float sum = e ? run.total[1] : run.total[0], total = sum == 0.f ? 1.f : sum;
+    const int column = (first + row) * DIM + d;
+    a = quotient(a, total), b = quotient(b, total);
+    if (form.groups) store_pair(out, form.groups, t, column, a, b);
+    else *(u64*)((float*)out + (u64)t * form.heads * DIM + column) = __float_as_uint(a) | (u64)__float_as_uint(b) << 32;
+  });
+  if (first + own == form.heads)
+    for (int i = threadIdx.x * 2; i < form.pad; i += THREADS * 2) store_pair(out, form.groups, t, form.heads * DIM + i, 0.f, 0.f);
+}
