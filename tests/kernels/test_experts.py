@@ -173,7 +173,7 @@ def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
 
 def test_units_hold_about_what_an_expert_has() -> None:
     found = [unit_rows(pairs, 32, True) for pairs in (4, 128, 129, 256, 320, 512, 768, 1024, 8192)]
-    assert found == [(0, 8), (0, 8), (0, 16), (0, 16), (16, 32), (16, 32), (24, 48), (32, 64), (64, 128)]
+    assert found == [(0, 8), (0, 8), (0, 24), (0, 24), (0, 24), (0, 24), (24, 48), (32, 64), (64, 128)]
     assert [unit_rows(pairs, 32, False) for pairs in (4, 129, 512, 8192)] == [(0, 8), (0, 16), (0, 32), (0, 32)]
 
 

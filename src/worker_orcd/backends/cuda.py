@@ -180,9 +180,7 @@ class CudaBackend:
 
     def experts(self, x: Operand, experts: Experts) -> Sums:
         scores = _parts(self.linear(x, experts.router))
-        ahead = _own_matrix(experts.gate_up[0][0], experts).tiles
-        dims = experts.num_experts, experts.num_used
-        routing = self._experts.route(scores, *dims, experts.is_normalized, ahead=ahead)
+        routing = self._experts.route(scores, experts.num_experts, experts.num_used, experts.is_normalized)
         spread = self._experts.spread(x.data, routing)
         image = self._up(spread, experts, routing)
         ((down, bias),) = experts.down

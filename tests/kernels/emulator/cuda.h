@@ -321,7 +321,6 @@ static inline void copy16_or_zeros(u32 shared, const void* from, bool is_there) 
   if (is_there) copy16(shared, from);
   else memset(emu::shared_base + shared, 0, 16);
 }
-static inline void ask(const void*, u32) {}
 static inline void close_copies() {}
 template <int LATEST>
 static inline void await_copies() {}

@@ -42,13 +42,6 @@ DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory")
 template <int LATEST>
 DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory"); }  // all but the LATEST
 
-// Ask for `bytes`, a multiple of 16, to come to L2.
-DEVICE void ask(const void* from, u32 bytes) {
-#if HOPPER
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 DEVICE void sync_some(int barrier, int threads) {  // of a block; __syncthreads is barrier 0
   asm volatile("bar.sync %0,%1;" ::"r"(barrier), "r"(threads) : "memory");
 }

@@ -274,7 +274,7 @@ DEVICE void store_pair(void* image, int groups, int t, int k, float low, float h
 
 // partials: acc [S][Hq][splits][DIM], then (peak, total) [S][Hq][splits][2]; or null: this block folds its own.
 // grid (S, Hk ceil(group / 8), parts)
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 4 : 1)
 decode(void* __restrict__ out,
 #if ROTATED
        const __grid_constant__ Sums qkv, const float* __restrict__ cos, const float* __restrict__ sin,

@@ -26,13 +26,12 @@ from worker_orcd.quant.tiles import tile_bytes
 MAX_EXPERTS, MAX_USED = 256, 16
 ARRANGERS = 1024  # threads, of rows.cu
 TOGETHER_ROWS = ARRANGERS // 32  # that one block both routes, a warp each, and arranges
-UNITS = {False: (8, 16, 32), True: (8, 16)}  # rows, where all units are alike; without and with wgmma
-SMALL_UNITS = (16, 24, 32, 48, 64)  # for wgmma, beside others twice as large
+UNITS = {False: (8, 16, 32), True: (8, 24)}  # rows, where all units are alike; without and with wgmma
+SMALL_UNITS = (24, 32, 48, 64)  # for wgmma, beside others twice as large
 MANY_ROWS = 16  # units from here on are for wgmma
 WIDE_ROWS = 96  # units from here on share weights among as many rows of a matrix as registers allow
 MOST_STRIPS = 3  # of a warp
 FEW_PAIRS = 128  # for which a thread copies 16 bytes; beyond, four times as many
-AHEAD_BYTES, AHEAD_PIECE = 24 * 2**20, 16384  # half of what the L2 of an H200 holds; of rows.cu
 SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
 WARPS = WARPS_PER_SM * MULTIPROCESSORS
 WAVES = 2.4  # of so many warps: fewer leave multiprocessors idle at the end, more begin too often; measured
@@ -94,12 +93,11 @@ class ExpertOps:
 
     def route(
         self, scores: Sequence[Part], num_experts: int, num_used: int, over_chosen: bool,
-        sizes: tuple[int, int] | None = None, ahead: Tensor | None = None,
+        sizes: tuple[int, int] | None = None,
     ) -> Routing:  # fmt: skip
         """Sums [T, E] → the best `num_used` of each row; weights are a softmax over those, or over all.
 
-        A benchmark may say the `sizes` of units, as `unit_rows` does. `ahead`: the matrices that come next; many rows
-        take nearly all of them, and the first are asked for at once.
+        A benchmark may say the `sizes` of units, as `unit_rows` does.
         """
         if not 0 < num_used <= min(num_experts, MAX_USED) or num_experts > MAX_EXPERTS:
             raise ValueError(f"{num_used} of {num_experts} experts; at most {MAX_USED} of {MAX_EXPERTS} are possible")
@@ -123,9 +121,7 @@ class ExpertOps:
             args += [*where, num_rows, int(over_chosen), units]
             self._gpu.launch(source, "route_and_arrange", Work((1, 1, 1), ARRANGERS), args)
         else:
-            pieces = 0 if ahead is None else min(ahead.nbytes, AHEAD_BYTES) // AHEAD_PIECE
-            args += [num_rows, int(over_chosen), ahead, pieces]
-            self._gpu.launch(source, "route", Work((num_rows, 1, 1), 32), args)
+            self._gpu.launch(source, "route", Work((num_rows, 1, 1), 32), [*args, num_rows, int(over_chosen)])
             args = [chosen, *where, pairs, units]
             self._gpu.launch(source, "arrange", Work((int(num_rows > 0), 1, 1), ARRANGERS), args)
         regions = (

@@ -331,13 +331,10 @@ DEVICE void arrange_pairs(const int* chosen, int* places, int* experts, int* own
   }
 }
 
-// What comes next reads `weights_ahead`: so many pieces of 16 KiB are asked for while memory has little else to do.
 // grid (T), 32 threads
 extern "C" __global__ void __launch_bounds__(32)
-route(const __grid_constant__ Sums scores, int* chosen, float* weights, int T, int over_chosen, const char* weights_ahead,
-      int pieces) {
+route(const __grid_constant__ Sums scores, int* chosen, float* weights, int T, int over_chosen) {
   start_next_kernel();
-  for (int i = blockIdx.x * 32 + threadIdx.x; i < pieces; i += gridDim.x * 32) ask(weights_ahead + (u64)i * 16384, 16384);
   await_previous_kernel();
   route_row(scores, chosen, weights, blockIdx.x, T, over_chosen);
 }
@@ -402,8 +399,7 @@ struct Done {
 template <bool WHOLE>
 DEVICE void combine_slots(const Part& given, const int* places, const float* weights, float* y, int P, const Done& done) {
   start_next_kernel();
-  const int n = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
-  if (n >= given.width) return;
+  const int own = (blockIdx.x * 64 + threadIdx.x) * 4, n = own < given.width ? own : 0, t = blockIdx.y;
   const u64 stride = (u64)P * given.width / 4;
   Column<float4> columns[USED];
   float4 found[USED], bias[USED], sum = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -432,11 +428,11 @@ DEVICE void combine_slots(const Part& given, const int* places, const float* wei
     sum = make_float4(__fadd_rn(sum.x, __fmul_rn(w, v.x)), __fadd_rn(sum.y, __fmul_rn(w, v.y)),
                       __fadd_rn(sum.z, __fmul_rn(w, v.z)), __fadd_rn(sum.w, __fmul_rn(w, v.w)));
   }
-  *(float4*)(y + (u64)t * given.width + n) = sum;
+  if (own < given.width) *(float4*)(y + (u64)t * given.width + n) = sum;
   if (gridDim.y < MANY) return;
-  __syncwarp();  // all of a line has been read
+  __syncthreads();  // all of a line has been read
 #pragma unroll
-  for (int slot = 0; slot < USED; slot++) forget_sums(given, P, place[slot], n);
+  for (int slot = 0; slot < USED; slot++) forget_sums(given, P, place[slot], own);
 #pragma unroll
   for (int i = 0; i < 2; i++)
     for (int line = (t * gridDim.x + blockIdx.x) * 64 + threadIdx.x; line < done.lines[i]; line += gridDim.y * gridDim.x * 64)
