@@ -237,6 +237,23 @@ def check_parts(world: World, parts: list[int]) -> None:
         check_same(decode(world, chunks, DecodeLaunch(2, 3, num_parts)), alone)
 
 
+@on_cpu
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_threads_in_any_order_give_the_same_bits(order: int) -> None:
+    """Of a decode whose blocks are looked up a few tiles at a time; a missing barrier would show."""
+    world = build(SMALL, [300, 5, 129], 2, torch.float16)
+    gpu = EmulatedGpu(shared_bytes=227 * 1024, order=order)
+    flash, chunks = FlashAttention(gpu, Ops(gpu)), [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
+    q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
+    alone = decode(world, chunks, DecodeLaunch(1, 2))
+    check_same(alone, torch.stack([exact(world, s)[-1].float() for s in range(3)]), is_exact=False)
+    for num_warps, num_slots in ((1, 2), (2, 3), (4, 2), (4, 8)):
+        out = torch.full_like(q, torch.nan)
+        call = Call(out, q, *world.cache, pages_of(world, chunks), world.form, None)
+        flash.launch_decodes(call, DecodeLaunch(num_warps, num_slots))
+        assert torch.equal(out, alone), (num_warps, num_slots)
+
+
 @pytest.mark.parametrize("form", [SMALL, Form(6, 2, 48, 0.2)])
 def test_an_image_holds_the_rows_in_the_order_of_the_matmuls(form: Form) -> None:
     world = build(form, [300, 9, 40], 16, torch.float16)

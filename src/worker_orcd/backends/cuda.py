@@ -185,7 +185,7 @@ class CudaBackend:
         image = self._up(spread, experts, routing)
         ((down, bias),) = experts.down
         given = self._experts.multiply(image, _own_matrix(down, experts), bias, routing)
-        y = self._experts.combine(given, routing, (spread, image))
+        y = self._experts.combine(given, routing)
         shared = self._shared(x, experts)
         return (base.Part(y[None] if shared is None else torch.stack([y, shared]), None),)
 

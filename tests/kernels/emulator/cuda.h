@@ -324,7 +324,6 @@ static inline void copy16_or_zeros(u32 shared, const void* from, bool is_there) 
 static inline void close_copies() {}
 template <int LATEST>
 static inline void await_copies() {}
-static inline void forget(const void* line) { memset((void*)line, 0xff, 128); }
 static inline uint4 fresh(const uint4* p) { return *p; }
 static inline int fresh(const int* p) { return *p; }
 static inline long long fresh(const long long* p) { return *p; }

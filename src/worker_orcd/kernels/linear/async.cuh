@@ -65,9 +65,6 @@ DEVICE uint4 fresh(const uint4* p) {
   return v;
 }
 
-// 128 bytes that nobody will read again before they are written anew: their way from L2 to memory is spared.
-DEVICE void forget(const void* line) { asm volatile("discard.global.L2 [%0],128;" ::"l"(line) : "memory"); }
-
 // ---- clusters: blocks that run together. `arrive` and `wait` are the two halves of their barrier
 #define CLUSTERS HOPPER
 #if CLUSTERS

@@ -365,7 +365,7 @@ decode(void* __restrict__ out,
   float s[OWN_STEPS][2][4];
   uint2 weights[STEPS];
   auto await_item = [&](int item) {  // the slot of the item before it has been read, and takes the next
-    sync_block();
+    if (item && item + SLOTS - 1 < items) sync_block();
     if (item) begin_item(item + SLOTS - 1);
     await_copies<SLOTS - 1>();
     sync_block();

@@ -60,10 +60,6 @@ class _Units(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int) for name in ("smalls", "larges", "small", "large"))
 
 
-class _Done(ctypes.Structure):
-    _fields_ = (("images", ctypes.c_void_p * 2), ("lines", ctypes.c_int * 2))
-
-
 @dataclass(frozen=True)
 class Routing:
     """Where the rows go."""
@@ -264,22 +260,14 @@ class ExpertOps:
             return found
         return plan.activated(replace(variant, warpgroups=2), kind) if isinstance(variant, ManyTokens) else None
 
-    def combine(self, given: Part, routing: Routing, done: Sequence[Tensor] = ()) -> Tensor:
-        """What the places gave → rows f32 [T, N], slot by slot in order.
-
-        `given`, and up to two images in `done`, may be gone afterwards: they need not be written to memory.
-        """
+    def combine(self, given: Part, routing: Routing) -> Tensor:
+        """What the places gave → rows f32 [T, N], slot by slot in order."""
         num_rows, width = routing.weights.shape[0], given.slices.shape[2]
         if width % 4:
             raise ValueError(f"rows of {width} numbers: a multiple of 4 is needed")
         y = torch.empty(num_rows, width, device=self._gpu.device)
         part = self._ops.part(given, routing.num_places, width)
-        ends = _Done()
-        for i, image in enumerate(done):
-            self._gpu.require(image, dtype=torch.bfloat16)
-            ends.images[i] = image.data_ptr()
-            ends.lines[i] = image.nbytes // 128 if image.data_ptr() % 128 == 0 else 0
-        args: list[Argument] = [part, routing.places, routing.weights, y, routing.num_places, ends]
+        args: list[Argument] = [part, routing.places, routing.weights, y, routing.num_places]
         name = "combine_whole" if len(given.slices) == 1 else "combine"
         self._ops.rows(routing.source, name, -(-width // 256), num_rows, ROW_THREADS, args)
         return y

@@ -82,13 +82,6 @@ DEVICE void add_up(const Column<V> (&from)[N], V (&v)[N]) {
   for (int j = 0; j < N; j++) v[j] = plus(v[j], bias[j]);
 }
 
-constexpr int MANY = 64;  // rows from which on it pays to forget sums
-// Sums of row t, of which each thread of a warp has read columns n to n + 3 (32 threads side by side), and nobody will.
-DEVICE void forget_sums(const Part& p, int T, int t, int n) {
-  if (p.width % 32 || n % 32 || n >= p.width || (u64)p.slices & 127) return;  // lines of their own
-  for (int s = 0; s < p.count; s++) forget(p.slices + ((u64)s * T + t) * p.width + n);
-}
-
 // bf16 image [pieces of 64 inputs][T8][8 tokens][8 units of 16 bytes, unit ^ token]. In a 128-wide chunk, position
 // 16 j + 8 hh + 2 quad + e holds k = 32 quad + 4 j + 2 hh + e. Stores inputs k to k + 3 of token t; k a multiple of 4
 DEVICE void store4(u32* image, int T8, int t, int k, float4 v) {

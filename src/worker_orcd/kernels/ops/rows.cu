@@ -67,8 +67,7 @@ DEVICE void normalize(Shared& shared, int& turn, int rank, float4* v, const Norm
 #else
 #define TOGETHER
 #endif
-// x += after(y) factor, unless y is empty; image = norm(x), unless it is null. Sums of many rows are gone afterwards.
-// grid (rows CLUSTER)
+// x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows CLUSTER)
 extern "C" __global__ void __launch_bounds__(BLOCK) TOGETHER
 add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
          const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8) {
@@ -104,11 +103,6 @@ add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_con
     v[i] = make_float4(fmaf(v[i].x, factor, old[i].x), fmaf(v[i].y, factor, old[i].y), fmaf(v[i].z, factor, old[i].z),
                        fmaf(v[i].w, factor, old[i].w));
     if (y.count && k < WIDTH) *(float4*)(x + (u64)t * WIDTH + k) = v[i];
-  }
-  if (T >= MANY) {
-    __syncwarp();  // all of a line has been read
-#pragma unroll
-    for (int i = 0; i < QUADS; i++) forget_sums(y, T, t, place(rank, i));
   }
   if (!image) return;
   normalize(sums, turn, rank, v, norm, by);
@@ -389,17 +383,13 @@ spread_many(const uint4* __restrict__ from, uint4* __restrict__ to, const int* _
 }
 
 // y[t][n] = sum over slots, in order, of weight times what the expert gave. Where, how much and the biases are known since
-// `spread`; each is fetched for all slots at once. WHOLE: of one slice, which leaves room for more blocks. What was given
-// to many rows is gone afterwards, and so are the `done` images, of so many lines of 128 bytes.
+// `spread`; each is fetched for all slots at once. WHOLE: of one slice, which leaves room for more blocks.
 // grid (ceil(N / 256), T), 64 threads
-struct Done {
-  const char* images[2];
-  int lines[2];
-};
 template <bool WHOLE>
-DEVICE void combine_slots(const Part& given, const int* places, const float* weights, float* y, int P, const Done& done) {
+DEVICE void combine_slots(const Part& given, const int* places, const float* weights, float* y, int P) {
   start_next_kernel();
-  const int own = (blockIdx.x * 64 + threadIdx.x) * 4, n = own < given.width ? own : 0, t = blockIdx.y;
+  const int n = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
+  if (n >= given.width) return;
   const u64 stride = (u64)P * given.width / 4;
   Column<float4> columns[USED];
   float4 found[USED], bias[USED], sum = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -428,25 +418,17 @@ DEVICE void combine_slots(const Part& given, const int* places, const float* wei
     sum = make_float4(__fadd_rn(sum.x, __fmul_rn(w, v.x)), __fadd_rn(sum.y, __fmul_rn(w, v.y)),
                       __fadd_rn(sum.z, __fmul_rn(w, v.z)), __fadd_rn(sum.w, __fmul_rn(w, v.w)));
   }
-  if (own < given.width) *(float4*)(y + (u64)t * given.width + n) = sum;
-  if (gridDim.y < MANY) return;
-  __syncthreads();  // all of a line has been read
-#pragma unroll
-  for (int slot = 0; slot < USED; slot++) forget_sums(given, P, place[slot], own);
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    for (int line = (t * gridDim.x + blockIdx.x) * 64 + threadIdx.x; line < done.lines[i]; line += gridDim.y * gridDim.x * 64)
-      forget(done.images[i] + (u64)line * 128);
+  *(float4*)(y + (u64)t * given.width + n) = sum;
 }
 extern "C" __global__ void __launch_bounds__(64)
 combine(const __grid_constant__ Part given, const int* __restrict__ places, const float* __restrict__ weights,
-        float* __restrict__ y, int P, const __grid_constant__ Done done) {
-  combine_slots<false>(given, places, weights, y, P, done);
+        float* __restrict__ y, int P) {
+  combine_slots<false>(given, places, weights, y, P);
 }
 extern "C" __global__ void __launch_bounds__(64)
 combine_whole(const __grid_constant__ Part given, const int* __restrict__ places, const float* __restrict__ weights,
-              float* __restrict__ y, int P, const __grid_constant__ Done done) {
-  combine_slots<true>(given, places, weights, y, P, done);
+              float* __restrict__ y, int P) {
+  combine_slots<true>(given, places, weights, y, P);
 }
 #endif
 
