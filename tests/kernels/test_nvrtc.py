@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels import nvrtc
+from worker_orcd.kernels.attention import DecodeLaunch, decode_source
 from worker_orcd.kernels.gpu import Card
 from worker_orcd.kernels.linear.linear import kernel_of, pair_kernel_of
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear, plan_pair
@@ -90,6 +92,14 @@ OTHERS = [
 def test_the_other_kernels_compile(name: str, options: tuple[str, ...], arch: str) -> None:
     source = SOURCE if name == "sample" else Source("ops", "rows.cu", options)
     assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
+
+
+@EVERY_CARD
+@pytest.mark.parametrize(("head_dim", "num_warps", "ahead"), [(128, 2, 4), (80, 4, 0), (256, 1, 8)])
+def test_attention_of_decodes_compiles(head_dim: int, num_warps: int, ahead: int, arch: str) -> None:
+    cache = torch.empty(1, 32, 1, head_dim, dtype=torch.float16 if ahead else torch.bfloat16)
+    source = decode_source(cache, DecodeLaunch(num_warps, 2), ahead)
+    assert b"decode" in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 
 @EVERY_CARD

@@ -22,6 +22,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 import triton
@@ -159,6 +160,7 @@ class FlashAttention:
 
     def __init__(self, gpu: Gpu, ops: Ops) -> None:
         self._gpu, self._ops = gpu, ops
+        self._begun = set[tuple[Form, torch.dtype, int]]()  # those whose decodes are being compiled
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pages: Pages, form: Form, sinks: Tensor | None = None,
@@ -223,9 +225,19 @@ class FlashAttention:
         args += [pages.query_starts, pages.context_lens, pages.block_table, partials, call.numbers]
         grid = call.num_seqs, form.num_kv_heads * triton.cdiv(form.group, DECODE_ROWS), launch.num_parts
         work = Work(grid, 32 * launch.num_warps, shared_bytes(form, launch, half))
+        self._begin(call, ahead)
         self._gpu.launch(decode_source(call.k, launch, ahead), "decode", work, args)
         if partials is not None:
             _launch_fold(call, partials)
+
+    def _begin(self, call: Call, ahead: int) -> None:
+        """Begin to compile for other numbers of sequences: they will come, and it would hold up a step then."""
+        if (key := (call.form, call.k.dtype, ahead)) in self._begun:
+            return
+        self._begun.add(key)
+        for num_seqs, slices in product((1, 32, 64, 256), {ahead, min(ahead, 1)}):
+            launch = decode_launch(call.form, num_seqs, 1, self._gpu.card)
+            self._gpu.compile_ahead(decode_source(call.k, launch, slices))
 
 
 def decode_source(cache: Tensor, launch: DecodeLaunch, ahead: int) -> Source:

@@ -19,7 +19,7 @@ HEADERS = {
         "act.cuh",
         "activated.cuh",
     ),
-    "ops": ("ptx.cuh", "async.cuh", "act.cuh", "flow.cuh"),
+    "ops": ("ptx.cuh", "async.cuh", "act.cuh", "flow.cuh", "decode.cuh"),
 }
 
 
@@ -55,7 +55,7 @@ def read(folder: str, name: str) -> str:
 
 
 def _header(name: str) -> str:
-    return read("ops" if name == "flow.cuh" else "linear", name)
+    return read("ops" if name in ("flow.cuh", "decode.cuh") else "linear", name)
 
 
 def wgmma(tokens: int) -> str:

@@ -8,126 +8,7 @@
 // newest key are from earlier steps and are on their way before the kernel ahead has ended. With ROTATED queries, newest
 // key and value are made here from the projection's sums, as rope_store in rows.cu makes them; else they lie in q and
 // in the cache.
-#include "flow.cuh"
-
-#if KV_BITS == 17  // as in rows.cu
-DEVICE void mma_kv(float* c, const u32* a, const u32* b) { mma_fp16(c, a, b); }
-DEVICE u32 pair(float low, float high) { return fp16x2(low, high); }
-constexpr u32 ONES = 0x3C003C00u;
-#else
-DEVICE void mma_kv(float* c, const u32* a, const u32* b) { mma(c, a, b); }
-DEVICE u32 pair(float low, float high) { return bf16x2(low, high); }
-constexpr u32 ONES = 0x3F803F80u;
-#endif
-
-constexpr int SPLIT = 256, TILE = DIM <= 128 ? 64 : 32, ROWS = 8, THREADS = WARPS * 32;
-constexpr int CHUNKS = DIM / 8, STRIDE = DIM * 2 + 16;  // of a row: 16-byte pieces, and bytes; none of 8 rows share a bank
-constexpr int SLOT_BYTES = TILE * STRIDE, STEPS = TILE / 16, OWN_STEPS = STEPS / WARPS;  // of 16 keys
-constexpr int LANES = CHUNKS & -CHUNKS, FETCHED = THREADS / LANES;  // threads that copy a row, rows copied at once
-constexpr int BANDS = DIM / 16, OWN_BANDS = (BANDS + WARPS - 1) / WARPS;                 // of 16 columns
-constexpr float LOWEST = -1e30f, LOG2_E = 1.4426950408889634f;
-#define NOTHING __int_as_float(0xff800000)
-
-struct Form {
-  int heads, kv_heads, window, table_width, half, interleaved;
-  int groups, pad;  // of the image that is written: groups of 8 rows, columns behind the last head; groups 0: rows, float32
-  float factor, soft_cap;  // of scores: to the base 2 without a cap (0), else divided by it
-};
-struct Cache {
-  u16 *k, *v;  // [blocks][BLOCK][Hk][DIM]
-  const long long* table;  // of this sequence
-  int token_elems, head;   // elements from a token to the next, and to this head
-};
-struct Shared {
-  u32 slots, queries;  // addresses; queries [ROWS][STRIDE]
-  u16* newest;         // [2][DIM], key and value
-  float *made, *angles, *peaks;  // [ROWS + 2][DIM]; cos, sin [2][half]; [WARPS][ROWS]
-  uint2* weights;                // [STEPS][32]
-};
-
-DEVICE void sync_block() {
-  if (WARPS == 1) __syncwarp();
-  else __syncthreads();
-}
-
-// The blocks of WINDOW_BLOCKS from that of position `start` on, two of them in a lane.
-constexpr int WINDOW_BLOCKS = 64, WINDOW = WINDOW_BLOCKS * BLOCK;  // at least a tile
-DEVICE void find_blocks(const Cache& cache, int start, int high, int* blocks) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int at = start / BLOCK + i * 32 + (threadIdx.x & 31);
-    blocks[i] = at * BLOCK < high ? (int)fresh(cache.table + at) : 0;
-  }
-}
-DEVICE int block_of(const int* blocks, int number) {  // of the window; all lanes ask
-  const int low = __shfl_sync(~0u, blocks[0], number & 31), high = __shfl_sync(~0u, blocks[1], number & 31);
-  return number < 32 ? low : high;
-}
-// Begin to copy a tile of keys or values, whose first block is `number` of the window; unless it is WHOLE, what lies at
-// `old` or beyond becomes zeros.
-template <bool WHOLE>
-DEVICE void fetch(const Cache& cache, const u16* from, const int* blocks, int number, int start, int old, u32 slot) {
-  const int first = threadIdx.x / LANES, chunk = threadIdx.x % LANES, step = FETCHED * cache.token_elems;
-  slot += first * STRIDE + chunk * 16;
-  const u16* at = from;
-#pragma unroll
-  for (int row = 0; row < TILE; row += FETCHED) {
-    if (FETCHED > BLOCK || row % BLOCK == 0) {  // another block begins
-      const int inside = FETCHED > BLOCK ? first % BLOCK : first;
-      const int block = block_of(blocks, number + (FETCHED > BLOCK ? row + first : row) / BLOCK);
-      at = from + ((u64)block * BLOCK + start % BLOCK + inside) * cache.token_elems + cache.head + chunk * 8;
-    }
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c += LANES)
-      copy16_or_zeros(slot + row * STRIDE + c * 16, at + c * 8, WHOLE || start + row + first < old);
-    at += step;
-  }
-}
-
-// The columns of a row of `made`: own queries first, then the new key and the new value.
-DEVICE int column_of(const Form& form, int row, int own, int first, int kv_head) {
-  const int head = row < own ? first + row : form.heads + kv_head + (row > own ? form.kv_heads : 0);
-  return head * DIM;
-}
-// Sums of all rows added up.
-#if ROTATED
-DEVICE void add_rows(const Form& form, const Sums& qkv, float* made, int rows, int own, int first, int kv_head, int t,
-                     int T) {
-  constexpr int QUADS = DIM / 4, AT_ONCE = AHEAD <= 4 ? 4 : 2;  // columns of four, of a thread
-  for (int start = threadIdx.x; start < rows * QUADS; start += THREADS * AT_ONCE) {
-    Column<float4> columns[AT_ONCE];
-    float4 found[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      const int at = start + i * THREADS, row = at < rows * QUADS ? at / QUADS : 0;
-      columns[i] = column<float4>(qkv, T, t, column_of(form, row, own, first, kv_head) + at % QUADS * 4);
-      if (at >= rows * QUADS) columns[i].count = 0, columns[i].bias = nullptr;
-    }
-    add_up<AHEAD>(columns, found);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++)
-      if (start + i * THREADS < rows * QUADS) ((float4*)made)[start + i * THREADS] = found[i];
-  }
-}
-// Two numbers of a row of sums that turn together, by angle i.
-DEVICE void turn(const Form& form, const float* angles, int i, float& a, float& b) {
-  const float c = angles[i], s = angles[form.half + i], x = a;
-  a = __fsub_rn(__fmul_rn(x, c), __fmul_rn(b, s)), b = __fadd_rn(__fmul_rn(x, s), __fmul_rn(b, c));
-}
-// A row of sums, rotated if it `turns`, as it is kept: a lane's pairs of numbers, to `store(d, both)`.
-template <class F>
-DEVICE void rotate(const Form& form, const float* row, const float* angles, bool turns, F&& store) {
-  const int apart = turns && !form.interleaved ? form.half : 0;  // between the numbers that turn together
-  for (int i = (threadIdx.x & 31) * 2; i < DIM / 2; i += 64) {  // 4 numbers: d, d + 1, e, e + 1; `half` is even
-    const int d = i < apart ? i : 2 * i, e = i < apart ? i + apart : d + 2;
-    float2 v = *(const float2*)(row + d), w = *(const float2*)(row + e);
-    if (i < apart) turn(form, angles, i, v.x, w.x), turn(form, angles, i + 1, v.y, w.y);
-    if (turns && form.interleaved && d / 2 < form.half) turn(form, angles, d / 2, v.x, v.y);
-    if (turns && form.interleaved && e / 2 < form.half) turn(form, angles, e / 2, w.x, w.y);
-    store(d, pair(v.x, v.y)), store(e, pair(w.x, w.y));
-  }
-}
-#endif
+#include "decode.cuh"
 
 // Attention's state of a block: for columns g and g + 8 of its warp's bands, queries 2 quad and 2 quad + 1.
 struct State {
@@ -272,6 +153,37 @@ DEVICE void store_pair(void* image, int groups, int t, int k, float low, float h
   ((u32*)image)[(token * 8 + ((unit ^ t) & 7)) * 4 + (k >> 5 & 3)] = bf16x2(low, high);
 }
 
+// The positions of this block's part: whole splits, as evenly as they go.
+DEVICE void take_part(int& low, int& high) {
+  const int begin = low / SPLIT, each = ((high + SPLIT - 1) / SPLIT - begin + gridDim.z - 1) / gridDim.z;
+  const int from = (begin + blockIdx.z * each) * SPLIT;
+  low = max(low, from), high = min(high, from + each * SPLIT);
+}
+// The partial of rows `row` … of all heads of all sequences, for one of `num_splits` splits.
+DEVICE void store_partial(const State& state, float* partials, u64 row, u64 num_rows, u64 num_splits, int split, int own) {
+  const u64 part = row * num_splits + split;
+  float* stats = partials + num_rows * num_splits * DIM;
+  for_own(state, own, [&](int r, int e, int d, float a, float b) {
+    float* to = partials + (part + r * num_splits) * DIM + d;
+    to[0] = a, to[1] = b;
+    if (d == 0) stats[(part + r * num_splits) * 2 + 1] = e ? state.total[1] : state.total[0];
+  });
+  const int g = (threadIdx.x & 31) >> 2;
+  if (threadIdx.x < 32 && threadIdx.x % 4 == 0 && g < own) stats[(part + g * num_splits) * 2] = state.peak;
+}
+// What was seen, divided by the sum of weights, for heads `first` …; zeros behind the last head.
+DEVICE void store_result(const State& run, void* out, const Form& form, int t, int first, int own) {
+  for_own(run, own, [&](int row, int e, int d, float a, float b) {
+    const float sum = e ? run.total[1] : run.total[0], total = sum == 0.f ? 1.f : sum;
+    const int column = (first + row) * DIM + d;
+    a = quotient(a, total), b = quotient(b, total);
+    if (form.groups) store_pair(out, form.groups, t, column, a, b);
+    else *(u64*)((float*)out + (u64)t * form.heads * DIM + column) = __float_as_uint(a) | (u64)__float_as_uint(b) << 32;
+  });
+  if (first + own < form.heads) return;
+  for (int i = threadIdx.x * 2; i < form.pad; i += THREADS * 2) store_pair(out, form.groups, t, form.heads * DIM + i, 0.f, 0.f);
+}
+
 // partials: acc [S][Hq][splits][DIM], then (peak, total) [S][Hq][splits][2]; or null: this block folds its own.
 // grid (S, Hk ceil(group / 8), parts)
 extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 4 : 1)
@@ -294,20 +206,12 @@ decode(void* __restrict__ out,
   const int t = ROTATED ? seq : (int)fresh(query_starts + seq);
   const bool is_alone = ROTATED || (int)fresh(query_starts + seq + 1) - t == 1;
 
-  Shared here;
-  here.slots = shared_address(shared), here.queries = here.slots + SLOTS * SLOT_BYTES;
-  here.newest = (u16*)(shared + SLOTS * SLOT_BYTES + ROWS * STRIDE);
-  here.weights = (uint2*)(here.newest + 2 * DIM), here.peaks = (float*)(here.weights + (WARPS > 1 ? STEPS * 32 : 0));
-  here.angles = here.peaks + (WARPS > 1 ? WARPS * ROWS : 0), here.made = here.angles + (2 * form.half + 3) / 4 * 4;
+  const Shared here = lay_out(shared, form);
   Cache cache = {k_cache, v_cache, block_table + (u64)seq * form.table_width};
   cache.token_elems = form.kv_heads * DIM, cache.head = kv_head * DIM;
 
   int low = form.window ? max(0, context_len - form.window) / TILE * TILE : 0, high = context_len;
-  if (partials) {  // whole splits, as evenly as they go
-    const int begin = low / SPLIT, each = ((high + SPLIT - 1) / SPLIT - begin + gridDim.z - 1) / gridDim.z;
-    const int from = (begin + blockIdx.z * each) * SPLIT;
-    low = max(low, from), high = min(high, from + each * SPLIT);
-  }
+  if (partials) take_part(low, high);
   const int items = is_alone && low < high ? (high - low + TILE - 1) / TILE * 2 : 0;  // tiles of keys and of values
   int blocks[2], window = low;  // the window's blocks, and its first position: in whole tiles from `low`
   auto begin_item = [&](int item) {
@@ -329,17 +233,14 @@ decode(void* __restrict__ out,
   const u64 newest_block = has_newest ? fresh(cache.table + last / BLOCK) : 0;
   const u64 newest_at = (newest_block * BLOCK + last % BLOCK) * cache.token_elems + cache.head;
 #if ROTATED
-  for (int i = threadIdx.x; i < form.half; i += THREADS) {
-    here.angles[i] = cos[(u64)max(last, 0) * form.half + i];
-    here.angles[form.half + i] = sin[(u64)max(last, 0) * form.half + i];
-  }
+  load_angles(here, form, cos, sin, max(last, 0));
   await_previous_kernel();
   const int rows = own + (has_newest ? 2 : 0);
   add_rows(form, qkv, here.made, rows, own, first, kv_head, seq, num_seqs);
   sync_block();
   for (int row = threadIdx.x >> 5; row < rows; row += WARPS) {
     const bool is_query = row < own, is_value = row == own + 1;
-    u16* const to = is_query ? (u16*)(shared + SLOTS * SLOT_BYTES + row * STRIDE) : here.newest + (row - own) * DIM;
+    u16* const to = is_query ? (u16*)(here.rows + row * STRIDE) : here.newest + (row - own) * DIM;
     u16* const kept = (is_value ? v_cache : k_cache) + newest_at;
     rotate(form, here.made + row * DIM, here.angles, !is_value, [&](int d, u32 both) {
       *(u32*)(to + d) = both;
@@ -349,11 +250,7 @@ decode(void* __restrict__ out,
 #else
   await_previous_kernel();
   if (!is_alone) return;
-  for (int i = threadIdx.x; i < own * (DIM / 2); i += THREADS) {
-    const int row = i / (DIM / 2), d = i % (DIM / 2) * 2;
-    const float* from = q + ((u64)t * form.heads + first + row) * DIM + d;
-    *(u32*)(shared + SLOTS * SLOT_BYTES + row * STRIDE + d * 2) = pair(from[0], from[1]);
-  }
+  load_queries(here, q + ((u64)t * form.heads + first) * DIM, own);
   if (has_newest)
     for (int i = threadIdx.x; i < 2 * CHUNKS; i += THREADS)
       ((uint4*)here.newest)[i] = fresh((const uint4*)((i < CHUNKS ? k_cache : v_cache) + newest_at) + i % CHUNKS);
@@ -386,18 +283,9 @@ decode(void* __restrict__ out,
     weigh(s, weights, state, form, here, start, last);
     add_values(weights, state, here, await_item(item + 1));
     if (end % SPLIT && end < high) continue;
-    if (partials) {
-      const u64 part = ((u64)seq * form.heads + first) * num_splits + (end - 1) / SPLIT;
-      float* stats = partials + (u64)num_seqs * form.heads * num_splits * DIM;
-      for_own(state, own, [&](int row, int e, int d, float a, float b) {
-        float* to = partials + (part + row * num_splits) * DIM + d;
-        to[0] = a, to[1] = b;
-        if (d == 0) stats[(part + row * num_splits) * 2 + 1] = e ? state.total[1] : state.total[0];
-      });
-      if (threadIdx.x < 32 && lane % 4 == 0 && g < own) stats[(part + g * num_splits) * 2] = state.peak;
-    } else {
-      fold(run, state);
-    }
+    const u64 row = (u64)seq * form.heads + first, num_rows = (u64)num_seqs * form.heads;
+    if (partials) store_partial(state, partials, row, num_rows, num_splits, (end - 1) / SPLIT, own);
+    else fold(run, state);
     clear(state);
   }
   if (partials) return;
@@ -406,13 +294,5 @@ decode(void* __restrict__ out,
     state.peak = g < own ? __fmul_rn(sinks[first + g], LOG2_E) : 0.f, state.total[0] = state.total[1] = 1.f;
     fold(run, state);
   }
-  for_own(run, own, [&](int row, int e, int d, float a, float b) {
-    const float sum = e ? run.total[1] : run.total[0], total = sum == 0.f ? 1.f : sum;
-    const int column = (first + row) * DIM + d;
-    a = quotient(a, total), b = quotient(b, total);
-    if (form.groups) store_pair(out, form.groups, t, column, a, b);
-    else *(u64*)((float*)out + (u64)t * form.heads * DIM + column) = __float_as_uint(a) | (u64)__float_as_uint(b) << 32;
-  });
-  if (first + own == form.heads)
-    for (int i = threadIdx.x * 2; i < form.pad; i += THREADS * 2) store_pair(out, form.groups, t, form.heads * DIM + i, 0.f, 0.f);
+  store_result(run, out, form, t, first, own);
 }
