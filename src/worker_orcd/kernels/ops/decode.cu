@@ -28,7 +28,8 @@ DEVICE void by_column(float v, float (&columns)[2]) {
 DEVICE void fold(State& run, const State& part) {
   const float peak = fmaxf(run.peak, part.peak);
   float weight[2], part_weight[2];
-  by_column(power_of_2(__fsub_rn(run.peak, peak)), weight), by_column(power_of_2(__fsub_rn(part.peak, peak)), part_weight);
+  by_column(power_of_2(__fsub_rn(run.peak, peak)), weight);
+  by_column(power_of_2(__fsub_rn(part.peak, peak)), part_weight);
   run.peak = peak;
 #pragma unroll
   for (int e = 0; e < 2; e++) run.total[e] = fmaf(part.total[e], part_weight[e], __fmul_rn(run.total[e], weight[e]));
@@ -136,7 +137,8 @@ DEVICE void add_values(const uint2 (&weights)[STEPS], State& state, const Shared
 // Each pair of columns of the rows this block has: a lane gives one of its two queries away for another column.
 template <class F>
 DEVICE void for_own(const State& state, int own, F&& store) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, is_odd = g & 1, row = (lane & 3) * 2 + is_odd;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, is_odd = g & 1;
+  const int row = (lane & 3) * 2 + is_odd;
 #pragma unroll
   for (int i = 0; i < OWN_BANDS; i++)
 #pragma unroll
@@ -160,7 +162,8 @@ DEVICE void take_part(int& low, int& high) {
   low = max(low, from), high = min(high, from + each * SPLIT);
 }
 // The partial of rows `row` … of all heads of all sequences, for one of `num_splits` splits.
-DEVICE void store_partial(const State& state, float* partials, u64 row, u64 num_rows, u64 num_splits, int split, int own) {
+DEVICE void store_partial(const State& state, float* partials, u64 row, u64 num_rows, u64 num_splits, int split,
+                          int own) {
   const u64 part = row * num_splits + split;
   float* stats = partials + num_rows * num_splits * DIM;
   for_own(state, own, [&](int r, int e, int d, float a, float b) {
@@ -181,7 +184,8 @@ DEVICE void store_result(const State& run, void* out, const Form& form, int t, i
     else *(u64*)((float*)out + (u64)t * form.heads * DIM + column) = __float_as_uint(a) | (u64)__float_as_uint(b) << 32;
   });
   if (first + own < form.heads) return;
-  for (int i = threadIdx.x * 2; i < form.pad; i += THREADS * 2) store_pair(out, form.groups, t, form.heads * DIM + i, 0.f, 0.f);
+  for (int i = threadIdx.x * 2; i < form.pad; i += THREADS * 2)
+    store_pair(out, form.groups, t, form.heads * DIM + i, 0.f, 0.f);
 }
 
 // partials: acc [S][Hq][splits][DIM], then (peak, total) [S][Hq][splits][2]; or null: this block folds its own.

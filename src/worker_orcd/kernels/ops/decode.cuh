@@ -1,5 +1,5 @@
-// What decode.cu is made of before the first product: shared memory, keys and values on their way to it, queries and the
-// newest key made from sums.
+// What decode.cu is made of before the first product: shared memory, keys and values on their way to it, queries and
+// the newest key made from sums.
 #pragma once
 #include "flow.cuh"
 
@@ -14,7 +14,7 @@ constexpr u32 ONES = 0x3F803F80u;
 #endif
 
 constexpr int SPLIT = 256, TILE = DIM <= 128 ? 64 : 32, ROWS = 8, THREADS = WARPS * 32;
-constexpr int CHUNKS = DIM / 8, STRIDE = DIM * 2 + 16;  // of a row: 16-byte pieces, and bytes; none of 8 rows share a bank
+constexpr int CHUNKS = DIM / 8, STRIDE = DIM * 2 + 16;  // of a row: 16-byte pieces, and bytes; 8 rows share no bank
 constexpr int SLOT_BYTES = TILE * STRIDE, STEPS = TILE / 16, OWN_STEPS = STEPS / WARPS;  // of 16 keys
 constexpr int LANES = CHUNKS & -CHUNKS, FETCHED = THREADS / LANES;  // threads that copy a row, rows copied at once
 constexpr int BANDS = DIM / 16, OWN_BANDS = (BANDS + WARPS - 1) / WARPS;                 // of 16 columns
@@ -23,7 +23,7 @@ constexpr float LOWEST = -1e30f, LOG2_E = 1.4426950408889634f;
 
 struct Form {
   int heads, kv_heads, window, table_width, half, interleaved;
-  int groups, pad;  // of the image that is written: groups of 8 rows, columns behind the last head; groups 0: rows, float32
+  int groups, pad;  // of the image that is written: groups of 8 rows, columns behind the last head; 0: rows, float32
   float factor, soft_cap;  // of scores: to the base 2 without a cap (0), else divided by it
 };
 struct Cache {
