@@ -97,8 +97,8 @@ def test_the_other_kernels_compile(name: str, options: tuple[str, ...], arch: st
 @EVERY_CARD
 @pytest.mark.parametrize(("head_dim", "num_warps", "ahead"), [(128, 2, 4), (80, 4, 0), (256, 1, 8)])
 def test_attention_of_decodes_compiles(head_dim: int, num_warps: int, ahead: int, arch: str) -> None:
-    cache = torch.empty(1, 32, 1, head_dim, dtype=torch.float16 if ahead else torch.bfloat16)
-    source = decode_source(cache, DecodeLaunch(num_warps, 2), ahead)
+    dtype = torch.float16 if ahead else torch.bfloat16
+    source = decode_source(head_dim, dtype, 32, DecodeLaunch(num_warps, 2), ahead)
     assert b"decode" in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 

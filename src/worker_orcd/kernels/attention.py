@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 
 import torch
@@ -226,7 +226,9 @@ class FlashAttention:
         grid = call.num_seqs, form.num_kv_heads * triton.cdiv(form.group, DECODE_ROWS), launch.num_parts
         work = Work(grid, 32 * launch.num_warps, shared_bytes(form, launch, half))
         self._begin(call, ahead)
-        self._gpu.launch(decode_source(call.k, launch, ahead), "decode", work, args)
+        self._gpu.launch(
+            decode_source(form.head_dim, call.k.dtype, call.k.shape[1], launch, ahead), "decode", work, args
+        )
         if partials is not None:
             _launch_fold(call, partials)
 
@@ -237,12 +239,13 @@ class FlashAttention:
         self._begun.add(key)
         for num_seqs, slices in product((1, 32, 64, 256), {ahead, min(ahead, 1)}):
             launch = decode_launch(call.form, num_seqs, 1, self._gpu.card)
-            self._gpu.compile_ahead(decode_source(call.k, launch, slices))
+            self._gpu.compile_ahead(decode_source(call.form.head_dim, call.k.dtype, call.k.shape[1], launch, slices))
 
 
-def decode_source(cache: Tensor, launch: DecodeLaunch, ahead: int) -> Source:
-    """cache [blocks, block_size, Hk, D]; ahead: slices of sums fetched at once, 0: queries are there already."""
-    options = defined(DIM=cache.shape[3], KV_BITS=KV_BITS[cache.dtype], BLOCK=cache.shape[1])
+@lru_cache(maxsize=256)
+def decode_source(head_dim: int, dtype: torch.dtype, block_size: int, launch: DecodeLaunch, ahead: int) -> Source:
+    """dtype: of the cache; ahead: slices of sums fetched at once, 0: queries are there already."""
+    options = defined(DIM=head_dim, KV_BITS=KV_BITS[dtype], BLOCK=block_size)
     options += defined(WARPS=launch.num_warps, SLOTS=launch.num_slots)
     return Source("ops", "decode.cu", (*options, *defined(ROTATED=int(ahead > 0), AHEAD=ahead)))
 
@@ -290,9 +293,7 @@ def _check_cache(k: Tensor, v: Tensor, form: Form) -> None:
         raise ValueError(f"keys of {k.dtype} and values of {v.dtype}; one of {KV_TYPES} is needed")
 
 
-def _check_rows(
-    shape: tuple[int, ...], pages: Pages, form: Form, sinks: Tensor | None, out: Tensor | None
-) -> None:  # fmt: skip
+def _check_rows(shape: tuple[int, ...], pages: Pages, form: Form, sinks: Tensor | None, out: Tensor | None) -> None:
     """shape: of the queries, [T, Hq, D]."""
     starts, lens, table = pages.query_starts, pages.context_lens, pages.block_table
     if starts.shape != (len(lens) + 1,) or table.ndim != 2 or len(table) != len(lens):
@@ -331,6 +332,7 @@ def prompt_launch(form: Form) -> PromptLaunch:
     return PromptLaunch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= WIDE_HEAD else 8, stages)
 
 
+@lru_cache(maxsize=1024)
 def decode_launch(form: Form, num_seqs: int, max_splits: int, card: Card) -> DecodeLaunch:
     """`benchmarks/bench_attention.py --sweep` compares it with others.
 
