@@ -56,6 +56,7 @@ def random(gpu: Gpu, *shape: int) -> Tensor:
 
 def rows_of(image: Tensor, rows: Tensor) -> Tensor:
     """Those of an image, padding and all; what lies where in a row depends on its place among 8."""
+    rows = rows.to(image.device)
     units = image.permute(1, 2, 0, 3).flatten(0, 1)[rows].unflatten(2, (8, 8))
     straight = torch.arange(8, device=rows.device) ^ (rows & 7)[:, None]
     return units.gather(2, straight[:, None, :, None].expand(units.shape)).flatten(1).view(torch.int16)

@@ -59,14 +59,18 @@ def _header(name: str) -> str:
 
 
 def wgmma(tokens: int) -> str:
-    """wgmma m64 n`tokens` k16: A from registers, B from shared memory (K-major), float32 sums. Always adds."""
+    """wgmma m64 n`tokens` k16: A from registers, B from shared memory (K-major), float32 sums.
+
+    What `d` held is forgotten unless `adds`.
+    """
     count = tokens // 2
     sums = ",".join(f"%{i}" for i in range(count))
     outputs = ",".join(f'"+f"(d[{i}])' for i in range(count))
     a = ",".join(f"%{count + i}" for i in range(4))
     return f"""#pragma once
-DEVICE void wgmma(float* d, const u32* a, u64 b) {{
-  asm volatile("wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 {{{sums}}},{{{a}}},%{count + 4},1,1,1,0;"
-    : {outputs} : "r"(a[0]),"r"(a[1]),"r"(a[2]),"r"(a[3]),"l"(b));
+DEVICE void wgmma(float* d, const u32* a, u64 b, u32 adds) {{
+  asm volatile("{{.reg .pred P; setp.ne.b32 P,%{count + 5},0;"
+    "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 {{{sums}}},{{{a}}},%{count + 4},P,1,1,0;}}"
+    : {outputs} : "r"(a[0]),"r"(a[1]),"r"(a[2]),"r"(a[3]),"l"(b),"r"(adds));
 }}
 """

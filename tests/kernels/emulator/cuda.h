@@ -352,7 +352,7 @@ static inline void bulk_copy(u32 shared, const void* from, u32 bytes, u32 barrie
   shared_barrier(barrier).bytes -= bytes, shared_barrier(barrier).check();
 }
 #ifdef TOKENS
-static inline void wgmma(float* d, const u32* a, u64 descriptor) {  // a warp's 16 rows; b with 128-byte swizzle
+static inline void wgmma(float* d, const u32* a, u64 descriptor, u32 adds) {  // a warp's 16 rows; 128-byte swizzle
   u32(*const slots)[8] = emu::exchange(a, 4);
   const int g = emu::lane() >> 2, quad = emu::lane() & 3;
   const u32 start = (descriptor & 0x3fff) * 16;
@@ -369,7 +369,7 @@ static inline void wgmma(float* d, const u32* a, u64 descriptor) {  // a warp's 
         memcpy(bits + k, emu::shared_base + (at ^ (at >> 7 & 7) << 4), 16);
       }
       for (int half = 0; half < 2; half++) {
-        double sum = d[i + half * 2 + e];
+        double sum = adds ? d[i + half * 2 + e] : 0;
         for (int k = 0; k < 16; k++) sum += (double)rows[half][k] * emu::of_bf16(bits[k]);
         d[i + half * 2 + e] = (float)sum;
       }

@@ -21,6 +21,7 @@ MAX_DIMENSION = 2**31 - 256  # rounded up to whole tiles it is still an int
 LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
 FEW_TOKENS = 16  # up to here mma.sync is as fast as wgmma for most matrices, up to 8 for all
 SHORT_K = 8192  # inputs
+DEEP_SLICE = 8  # tiles; half the warps then fetch twice as far ahead
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 224 * 1024  # bytes, of which blocks of a wide matrix take a part each
@@ -126,6 +127,8 @@ class LinearPlan:
         if words >= 32:  # 16 and 32 bits a weight
             return FewTokens(groups, 8, 2 if words == 32 else 1, 1, early=False)
         depth = 1 if self.longest_slice_tiles <= 2 else 2
+        if per_sm <= WARPS_PER_SM // 2 and self.longest_slice_tiles > DEEP_SLICE:
+            return FewTokens(groups, 4, 4 if words <= 18 else 3, 2, early=True)
         if per_sm <= WARPS_PER_SM and words > 22 and depth == 2:
             return FewTokens(groups, 8, 2, 2, early=False)
         if per_sm <= WARPS_PER_SM:
@@ -213,12 +216,12 @@ def plan_linear(n: int, k: int, type: GgmlType, slices: int | None = None) -> Li
 def choose_slices(n: int, k: int, type: GgmlType) -> int:
     """About WARPS_PER_SM strips in flight, an even cut where one is near, no slice beyond LONGEST_SLICE.
 
-    A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one. One
+    Half as many where K is long: what few rows lose, many gain, whose partial sums are megabytes a slice. A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one. One
     of WIDE_STRIPS and more keeps two wide tiles in a slice: their partial sums cost more than the warps bring.
     """
     strips, depth = tile_grid(type, (n, k))
     fewest = -(-depth * TILE_K[type] // LONGEST_SLICE)
-    wanted = max(1, WARPS_PER_SM * MULTIPROCESSORS // strips)
+    wanted = max(1, (WARPS_PER_SM if k <= SHORT_K else WARPS_PER_SM // 2) * MULTIPROCESSORS // strips)
     if wanted == 1 and 2 * strips <= MOST_WARPS_PER_SM * MULTIPROCESSORS:
         wanted = 2
     most = depth // 2 if depth > 1 and TILE_K[type] == 256 and strips >= WIDE_STRIPS else depth

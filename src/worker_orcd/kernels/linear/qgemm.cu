@@ -21,8 +21,10 @@
 constexpr int PIECES = TOKENS <= 64 ? 2 : 1;  // where a piece takes the matrix unit little time, its barrier would be felt
 constexpr u32 PIECE_BYTES = TOKENS * 128, STAGE_BYTES = PIECES * PIECE_BYTES;
 
-// of x for wgmma: 128-byte swizzle, groups of 8 tokens 1024 bytes apart; `at` is an address in units of 16 bytes
-DEVICE u64 descriptor(u32 at) { return at | (1ull << 16) | (64ull << 32) | (1ull << 62); }
+// Of x for wgmma: 128-byte swizzle, groups of 8 tokens 1024 bytes apart. The lower half counts on with the address, the
+// upper one is the same for all.
+DEVICE u32 lower_of(u32 address) { return address / 16 | 1 << 16; }
+DEVICE u64 descriptor(u32 lower) { return (64ull | 1ull << 30) << 32 | lower; }
 
 // w, x: as in qmm.cu; y: [slices][T][N], or [T][N] with SEQUENTIAL
 extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, CTAS)
@@ -88,8 +90,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
       if (i < nt) r[i].load(src, lane), src += Weight::TILE_BYTES;
     if (TURN != 2) await_previous_kernel();
     float acc[TOKENS / 2];
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.f;
+    u32 is_begun = 0;  // whether acc holds a part of this slice
 #if SEQUENTIAL
 #if SHARED_SUMS
     float* sums = (float*)(shared + (xs - full) + STAGES * STAGE_BYTES) + threadIdx.x;
@@ -98,13 +99,13 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     float sums[TOKENS / 2];
 #define SUM(i) sums[i]
 #endif
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) SUM(i) = 0.f;
-    int slices_done = 0, slice_end = nk / S;
+    int slices_done = 0, slice_end = S > 1 ? nk / S : nk + 1;  // of all but the last
+    auto added = [&](int i) {  // the sum with what is in acc; the product is exact: as sum_slices adds it
+      return fmaf(acc[i], Weight::SCALE, slices_done ? SUM(i) : 0.f);
+    };
 #endif
     u32 a[2][4][4], phase = 0, now = full, free = 0;  // the barriers of this stage, and of the one before once it is read
-    const u32 first_x = xs / 16, past_x = first_x + STAGES * STAGE_BYTES / 16;
-    u32 now_x = first_x;
+    u32 now_x = lower_of(xs), stage = 0;
     auto compute = [&](Weight& r) {
 #pragma unroll
       for (int h = 0; h < CHUNKS; h++) {
@@ -117,15 +118,18 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
           if (is_first) barrier_wait(now, phase);
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-          for (int j = 0; j < 4; j++) wgmma(acc, a[half][j], descriptor(now_x + j * 2));
+          for (int j = 0; j < 4; j++) wgmma(acc, a[half][j], descriptor(now_x + j * 2), h + half + j ? 1 : is_begun);
           asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the piece before: its x and `a` are free
           if (is_first) {
             if (free && lane == 0) barrier_arrive(free);
-            free = now + 8 * STAGES, now += 8;
+            free = now + 8 * STAGES;
           }
           now_x += PIECE_BYTES / 16;
-          if ((half == 1 || PIECES == 1) && now_x == past_x) now_x = first_x, now = full, phase ^= 1;
+          if (half == 1 || PIECES == 1) {
+            now += 8;
+            if (++stage == STAGES) now_x -= STAGES * STAGE_BYTES / 16, now -= 8 * STAGES, stage = 0, phase ^= 1;
+          }
         }
       }
     };
@@ -134,6 +138,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
       for (int d = 0; d < DEPTH; d++) {
         if (i + d >= nt) break;
         compute(r[d]);
+        is_begun = 1;
         if (i + d + DEPTH < nt) r[d].load(src, lane), src += Weight::TILE_BYTES;
 #if SEQUENTIAL
         if (i + d + 1 == slice_end) {
@@ -141,16 +146,19 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
           for (int k = 0; k < TOKENS / 2; k++) {
             asm volatile("" : "+f"(acc[k]));
-            SUM(k) = fmaf(acc[k], Weight::SCALE, SUM(k));  // the product is exact: as sum_slices adds it
-            acc[k] = 0.f;
+            SUM(k) = added(k);
           }
-          slices_done++, slice_end = nk * (slices_done + 1) / S;
+          is_begun = 0, slices_done++, slice_end = slices_done + 1 < S ? nk * (slices_done + 1) / S : nk + 1;
         }
 #endif
       }
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(acc[i]));
 #ifdef ACTIVATION
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) SUM(i) = added(i);
 #if GROUPED
     bias = bias ? bias + (u64)owner * N : bias;
 #endif
@@ -159,9 +167,8 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     const int g = lane >> 2, quad = lane & 3;
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) {
-      asm volatile("" : "+f"(acc[i]));
 #if SEQUENTIAL
-      float v = SUM(i);
+      float v = added(i);
 #else
       float v = acc[i] * Weight::SCALE;
 #endif
