@@ -98,7 +98,7 @@ class Bench:
 
     def order_percent(self, num_tokens: int) -> float:
         """What it costs that the slices, and so the order of addition, are the same for every number of tokens."""
-        depth = self.matrices[0].tiles.shape[1]
+        depth = self.matrices[0].depth
         fixed = self.whole_us(num_tokens)
         others = [self.whole_us(num_tokens, s) for s in (1, 2, 3, 4, 6, 8, 12, 16) if s <= depth]
         return 100 * (fixed / min(fixed, *others) - 1)
@@ -178,10 +178,10 @@ def sweep(bench: Bench, num_tokens: int, floor_us: float) -> None:
     """Print the best variants, for one token with several numbers of slices; beyond 16 tokens sums included."""
     first = bench.matrices[0]
     tried = {first.plan.slices, *((1, 2, 3, 4, 6, 7, 8, 16) if num_tokens == 1 else ())}
-    options = sorted(s for s in tried if s <= first.tiles.shape[1])
+    options = sorted(s for s in tried if s <= first.depth)
     found: list[tuple[float, int, Variant]] = []
     for variant in candidates(num_tokens):
-        bench.gpu.compile_ahead(kernel_of(first.type, variant)[0])
+        bench.gpu.compile_ahead(kernel_of(first.type, variant, first.has_half)[0])
     for slices in options:
         matrices = bench.with_slices(slices)
         for variant in candidates(num_tokens):

@@ -100,7 +100,7 @@ def check_variants(kind: GgmlType, shape: tuple[int, int], slices: int, gpu: Gpu
     matrix = replace(matrix, plan=plan_linear(*shape, kind, slices))
     linear, ops, x = Linear(gpu), Ops(gpu), rows_of(shape[1], gpu)
     for variant in variants(gpu, slices):
-        gpu.compile_ahead(kernel_of(kind, variant)[0])  # all at once
+        gpu.compile_ahead(kernel_of(kind, variant, matrix.has_half)[0])  # all at once
     expected, image = None, ops.to_image(x)
     for variant in variants(gpu, slices):
         count = 1 if matrix.plan.is_whole(variant) else slices

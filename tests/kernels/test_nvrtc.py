@@ -18,6 +18,7 @@ from worker_orcd.kernels.ops.ops import KV_BITS, embed_source
 from worker_orcd.kernels.ops.sample import SOURCE
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.format import FORMATS
+from worker_orcd.quant.tiles import TILE_K
 
 try:
     nvrtc.nvrtc()
@@ -45,7 +46,7 @@ def test_matmuls_compile(kind: GgmlType, arch: str) -> None:
     if kind not in EVERY_VARIANT:  # decoders are few lines; what surrounds them is the same for all
         variants = {plan.variant(num_tokens, CARDS[arch]) for num_tokens in (1, 256)[: len({*map(type, variants)})]}
     for variant in variants:
-        source, name = kernel_of(kind, variant)
+        source, name = kernel_of(kind, variant, has_half=TILE_K[kind] == 128)
         code = nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
         assert code.startswith(b"\x7fELF")
         assert name.encode() in code
@@ -105,7 +106,7 @@ def test_attention_of_decodes_compiles(head_dim: int, num_warps: int, ahead: int
 @EVERY_CARD
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_embed_compiles(kind: GgmlType, arch: str) -> None:
-    source = embed_source(kind)
+    source = embed_source(kind, has_half=TILE_K[kind] == 128)
     assert b"embed" in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 

@@ -1,6 +1,6 @@
 """GGUF blocks → device tiles and back, exactly, on any device.
 
-u8 [N · row bytes] ↔ u8 [N / 16, K / tile, tile bytes]; `repack_bits` says where each bit goes, `tiles` the sizes.
+u8 [N · row bytes] ↔ u8 [N / 16, bytes of a strip]; `repack_bits` says where each bit goes, `tiles` the sizes.
 Signed bytes of Q8_0 are kept with the sign bit flipped (the number plus 128), the only change that is no move.
 """
 
@@ -15,7 +15,7 @@ from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.quant.bits import halves
 from worker_orcd.quant.repack_bits import bit_sources
-from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, tile_bytes, tile_grid
+from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, ends_with_half, tile_bytes, tile_grid, tiles_shape
 
 LARGEST_SCALE = 1024.0  # scale · 2^117 must be a bf16 number
 LARGEST_EXPONENT = 144  # of MXFP4: E + 110 must be an exponent of bf16
@@ -27,16 +27,20 @@ PIECE_BYTES = 2**23  # packed at once; the bits of a piece take eight bytes each
 
 
 def pack(raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
-    """Stored blocks of a matrix [N, K], u8 [n] → its tiles, u8 [strips, depth, tile bytes]."""
+    """Stored blocks of a matrix [N, K], u8 [n] → its tiles, u8 [strips, bytes of a strip]."""
     source, _ = _tables(type, raw.device)
-    strips, depth = tile_grid(type, shape)
-    tiles = torch.empty(strips, depth, tile_bytes(type), dtype=torch.uint8, device=raw.device)
+    (strips, depth), size = tile_grid(type, shape), tile_bytes(type)
+    tiles = torch.empty(tiles_shape(type, shape), dtype=torch.uint8, device=raw.device)
     rows = raw.view(shape[0], -1)
-    step = max(1, PIECE_BYTES // (depth * tile_bytes(type)))
+    step = max(1, PIECE_BYTES // (depth * size))
     for start in range(0, strips, step):
         blocks = _pad(rows[start * TILE_ROWS : (start + step) * TILE_ROWS], type, depth)
-        tiles[start : start + step] = _move_bits(blocks, source).view(-1, depth, tile_bytes(type))
-    return _flip_signs(tiles, type)
+        whole = _flip_signs(_move_bits(blocks, source).view(-1, depth, size), type).flatten(1)
+        if ends_with_half(type, shape[1]):
+            last = (depth - 1) * size
+            whole = torch.cat([whole[:, :last], whole[:, last + _half_bytes(type, raw.device)]], 1)
+        tiles[start : start + step] = whole
+    return tiles
 
 
 def check_scales(raw: Tensor, type: GgmlType) -> None:
@@ -55,11 +59,18 @@ def check_scales(raw: Tensor, type: GgmlType) -> None:
 def unpack(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
     """The inverse of `pack`."""
     _, place = _tables(type, tiles.device)
-    strips, depth, size = tiles.shape
+    (strips, depth), size = tile_grid(type, shape), tile_bytes(type)
     out = torch.empty(shape[0], type.row_bytes(shape[1]), dtype=torch.uint8, device=tiles.device)
     step = max(1, PIECE_BYTES // (depth * size))
     for start in range(0, strips, step):
-        part = _flip_signs(tiles[start : start + step].clone(), type)
+        part = tiles[start : start + step].clone()
+        if ends_with_half(type, shape[1]):
+            last = (depth - 1) * size
+            whole = part.new_zeros(len(part), depth * size)
+            whole[:, :last] = part[:, :last]
+            whole[:, last + _half_bytes(type, tiles.device)] = part[:, last:]
+            part = whole
+        part = _flip_signs(part.view(-1, depth, size), type)
         blocks = _move_bits(part.view(-1, size), place).view(len(part), depth, TILE_ROWS, -1)
         rows = blocks.transpose(1, 2).reshape(len(part) * TILE_ROWS, -1)
         piece = out[start * TILE_ROWS : (start + step) * TILE_ROWS]
@@ -72,6 +83,14 @@ def _tables(type: GgmlType, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each bit of a tile its place in the blocks, and the inverse: i64 [tile bits]."""
     source = bit_sources(type)
     return source.to(device), source.argsort().to(device)
+
+
+@lru_cache(maxsize=64)
+def _half_bytes(type: GgmlType, device: torch.device) -> Tensor:
+    """Which bytes of a tile half a tile has, those of the first 64 inputs: i64 [tile bytes / 2]."""
+    blocks = bit_sources(type)[::8] // (8 * type.block_bytes)  # of 16 rows one after another
+    in_row = TILE_K[type] // type.block_elems
+    return torch.nonzero(blocks % in_row < in_row // 2).flatten().to(device)
 
 
 def _pad(rows: Tensor, type: GgmlType, depth: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 A tile is 16 rows by `k` inputs with the same bits the file has for them, in the order the matmul reads them
 (`repack_bits` says which). A matrix is its tiles, the 16-row strip outermost, then along K. Rows and inputs that
-do not fill a tile are padded with zero bytes.
+do not fill a tile are padded with zero bytes; where at most half of a strip's last tile of 128 inputs is there, only
+that half is kept.
 """
 
 from __future__ import annotations
@@ -42,7 +43,19 @@ def tile_grid(type: GgmlType, shape: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // TILE_ROWS), -(-shape[1] // TILE_K[type])
 
 
+def ends_with_half(type: GgmlType, k: int) -> bool:
+    """Whether the last tile of a strip of `k` inputs is half a one."""
+    return TILE_K[type] == 128 and 0 < k % 128 <= 64
+
+
+def tiles_shape(type: GgmlType, shape: tuple[int, int]) -> tuple[int, int]:
+    """Strips of a matrix [N, K], and the bytes of each, padding included."""
+    strips, depth = tile_grid(type, shape)
+    size = tile_bytes(type)
+    return strips, depth * size - (size // 2 if ends_with_half(type, shape[1]) else 0)
+
+
 def packed_bytes(type: GgmlType, shape: tuple[int, int]) -> int:
     """Bytes of a matrix [N, K] in tiles, padding included."""
-    strips, depth = tile_grid(type, shape)
-    return strips * depth * tile_bytes(type)
+    strips, strip_bytes = tiles_shape(type, shape)
+    return strips * strip_bytes

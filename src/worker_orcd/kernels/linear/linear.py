@@ -19,7 +19,7 @@ from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import TILE_ROWS, tile_bytes, tile_grid
+from worker_orcd.quant.tiles import TILE_ROWS, ends_with_half, tile_grid, tiles_shape
 
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 MAX_SLICES = 65_535  # a grid's second axis
@@ -33,13 +33,13 @@ class TiledMatrix:
 
     type: GgmlType
     shape: tuple[int, int]
-    tiles: Tensor  # u8 [strips, depth, tile bytes]
+    tiles: Tensor  # u8 [strips, bytes of a strip]
     plan: LinearPlan
     count: int = 1
 
     def __post_init__(self) -> None:
-        strips, depth = tile_grid(self.type, self.shape)
-        expected = (strips * self.count, depth, tile_bytes(self.type))
+        strips, strip_bytes = tiles_shape(self.type, self.shape)
+        expected = (strips * self.count, strip_bytes)
         if tuple(self.tiles.shape) != expected or self.tiles.dtype != torch.uint8:
             raise ValueError(
                 f"tiles of {self.type.name} {self.shape} must be u8 {expected}, "
@@ -51,13 +51,23 @@ class TiledMatrix:
             raise ValueError(f"a plan of {self.plan.type.name} {self.plan.shape} for {self.type.name} {self.shape}")
         if self.count > 1 and self.shape[0] % TILE_ROWS:
             raise ValueError(f"{self.count} matrices of {self.shape[0]} rows: a multiple of {TILE_ROWS} is needed")
-        if not 1 <= self.plan.slices <= expected[1]:
-            raise ValueError(f"{self.plan.slices} slices of a matrix with {expected[1]} tiles along K")
-        if self.plan.slices > MAX_SLICES or expected[1] * self.plan.slices >= 2**31:
+        if not 1 <= self.plan.slices <= self.depth:
+            raise ValueError(f"{self.plan.slices} slices of a matrix with {self.depth} tiles along K")
+        if self.plan.slices > MAX_SLICES or self.depth * self.plan.slices >= 2**31:
             raise ValueError(
-                f"{self.plan.slices} slices of {expected[1]} tiles along K; at most {MAX_SLICES} are possible, "
+                f"{self.plan.slices} slices of {self.depth} tiles along K; at most {MAX_SLICES} are possible, "
                 "and 2^31 of both multiplied"
             )
+
+    @property
+    def depth(self) -> int:
+        """Tiles along K."""
+        return tile_grid(self.type, self.shape)[1]
+
+    @property
+    def has_half(self) -> bool:
+        """Whether the last of them is half a one."""
+        return ends_with_half(self.type, self.shape[1])
 
 
 def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> TiledMatrix:
@@ -101,9 +111,9 @@ class Linear:
         for matrix, share in zip((first, second), pair.blocks, strict=True):
             n, slices = matrix.shape[0], matrix.plan.slices
             outs.append(torch.empty(slices, num_rows, n, device=self._gpu.device))
-            args += [matrix.tiles, outs[-1], n, matrix.tiles.shape[1], slices, share]
+            args += [matrix.tiles, outs[-1], n, matrix.depth, slices, share]
             blocks += slices * share
-        source, name = pair_kernel_of(first.type, second.type, pair.variants)
+        source, name = pair_kernel_of(first.type, second.type, pair.variants, first.has_half)
         work = Work((blocks, 1, -(-num_rows // (8 * variant.groups))), variant.warps * 32, pair.shared_bytes)
         self._gpu.launch(source, name, work, [*args, image, num_rows, image.shape[1]])
         return outs[0], outs[1]
@@ -123,7 +133,7 @@ class Linear:
             self._begun.add((matrix.plan, kind))
             for other in matrix.plan.variants(self._gpu.card):
                 if found := matrix.plan.activated(other, kind):
-                    self._gpu.compile_ahead(kernel_of(matrix.type, found)[0])
+                    self._gpu.compile_ahead(kernel_of(matrix.type, found, matrix.has_half)[0])
         return self.activated(image, num_rows, matrix, bias, variant)
 
     def activated(
@@ -141,7 +151,7 @@ class Linear:
     def compile_ahead(self, matrix: TiledMatrix) -> None:
         """Begin to compile what `matrix` will need, on other threads."""
         for variant in matrix.plan.variants(self._gpu.card):
-            self._gpu.compile_ahead(kernel_of(matrix.type, variant)[0])
+            self._gpu.compile_ahead(kernel_of(matrix.type, variant, matrix.has_half)[0])
 
     def _in_turns(self, image: Tensor, num_rows: int, matrix: TiledMatrix, step: int) -> Tensor:
         """Pieces of `step` rows, added up one by one: their partial sums would take too much room."""
@@ -165,9 +175,9 @@ class Linear:
         self, image: Tensor, num_rows: int, matrix: TiledMatrix, variant: Variant, out: Tensor, more: list[Argument]
     ) -> None:
         """`more` is what the variant's activation needs."""
-        n, depth, slices = matrix.shape[0], matrix.tiles.shape[1], matrix.plan.slices
+        n, depth, slices = matrix.shape[0], matrix.depth, matrix.plan.slices
         turns = -(-num_rows // (8 * variant.groups))
-        source, name = kernel_of(matrix.type, variant)
+        source, name = kernel_of(matrix.type, variant, matrix.has_half)
         shared = matrix.plan.shared_bytes(variant)  # qmm's follows the longest slice
         args: list[Argument] = [matrix.tiles, image, out, n, depth, num_rows, image.shape[1]]
         if isinstance(variant, FewTokens):
@@ -195,11 +205,14 @@ def consumer_registers(variant: ManyTokens) -> int:
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False, turn: int = 0) -> tuple[Source, str]:
+def kernel_of(
+    type: GgmlType, variant: Variant, has_half: bool = False, grouped: bool = False, turn: int = 0
+) -> tuple[Source, str]:
     """The source of a variant for a format, and the name of its function; `turn` is TURN of qgemm.cu."""
     if isinstance(variant, ManyTokens):
         options = defined(
             FORMAT=type.name,
+            HALF_END=int(has_half),
             TOKENS=variant.tokens,
             WARPGROUPS=variant.warpgroups,
             DEPTH=variant.depth,
@@ -217,6 +230,7 @@ def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False, turn: int
         return Source("linear", "qgemm.cu", options, variant.tokens), "qgemm"
     options = defined(
         FORMAT=type.name,
+        HALF_END=int(has_half),
         GROUPS=variant.groups,
         WARPS=variant.warps,
         DEPTH=variant.depth,
@@ -228,9 +242,11 @@ def kernel_of(type: GgmlType, variant: Variant, grouped: bool = False, turn: int
 
 
 @lru_cache(maxsize=1024)
-def pair_kernel_of(first: GgmlType, second: GgmlType, variants: tuple[FewTokens, FewTokens]) -> tuple[Source, str]:
-    """The source for two formats, and the name of its function."""
-    source, _ = kernel_of(first, variants[0])
+def pair_kernel_of(
+    first: GgmlType, second: GgmlType, variants: tuple[FewTokens, FewTokens], has_half: bool = False
+) -> tuple[Source, str]:
+    """The source for two formats, and the name of its function; both matrices end with half a tile, or neither."""
+    source, _ = kernel_of(first, variants[0], has_half)
     options = defined(SECOND=second.name, SECOND_DEPTH=variants[1].depth)
     return replace(source, options=(*source.options, *options)), "qmm_pair"
 
@@ -240,7 +256,8 @@ def check_equal_bits(linear: Linear, ops: Ops, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
     kind, shape = GgmlType.BF16, (128, 4096)
     x = torch.randn(33, shape[1], device=device, generator=generator)
-    numbers = torch.randn(*tile_grid(kind, shape), tile_bytes(kind) // 2, device=device, generator=generator)
+    strips, strip_bytes = tiles_shape(kind, shape)
+    numbers = torch.randn(strips, strip_bytes // 2, device=device, generator=generator)
     matrix = tiled(numbers.bfloat16().view(torch.uint8), kind, shape)
 
     def product(rows: Tensor) -> Tensor:

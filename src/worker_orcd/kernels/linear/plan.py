@@ -152,7 +152,7 @@ class LinearPlan:
             is_wave = self._blocks(16, 16) <= MULTIPROCESSORS
             return ManyTokens(16, 2, 3, 4, True) if is_wave else ManyTokens(16, 4, 2, 8, True)
         if words < 32 and self.slices > 1 and self.shape[1] > SHORT_K:
-            return ManyTokens(16, 1, 2, 8, False, 4) if words <= 18 else ManyTokens(16, 4, 2, 8, False)
+            return ManyTokens(16, 1, 5 if words <= 18 else 4, 8, False, 2)
         return None
 
     def _many(self, num_tokens: int) -> ManyTokens:
@@ -216,8 +216,9 @@ def plan_linear(n: int, k: int, type: GgmlType, slices: int | None = None) -> Li
 def choose_slices(n: int, k: int, type: GgmlType) -> int:
     """About WARPS_PER_SM strips in flight, an even cut where one is near, no slice beyond LONGEST_SLICE.
 
-    Half as many where K is long: what few rows lose, many gain, whose partial sums are megabytes a slice. A matrix that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one. One
-    of WIDE_STRIPS and more keeps two wide tiles in a slice: their partial sums cost more than the warps bring.
+    Half as many where K is long: what few rows lose, many gain, whose partial sums are megabytes a slice. A matrix
+    that one slice fills the card with to between half and MOST_WARPS_PER_SM is cut once, for a full one. One of
+    WIDE_STRIPS and more keeps two wide tiles in a slice: their partial sums cost more than the warps bring.
     """
     strips, depth = tile_grid(type, (n, k))
     fewest = -(-depth * TILE_K[type] // LONGEST_SLICE)

@@ -6,7 +6,7 @@
 // grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
 // With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
-// With GROUPED as in qmm.cu, an owner for each TOKENS rows of x. With ACTIVATION as in activated.cuh.
+// With GROUPED as in qmm.cu, an owner for each TOKENS rows of x. With ACTIVATION as in activated.cuh. HALF_END: see weight.cuh.
 // TURN 1 and 2 are two launches over units of two sizes, each with its own part of x and y; 0 is one alone. A block of
 // TURN 1 lets the second begin only when it has waited itself, so the second finds complete whatever the first waited
 // for, and begins without a wait. Its blocks wait for the first before they leave: who waits for the second has waited
@@ -47,7 +47,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     if (TURN) await_previous_kernel();
     return;
   }
-  w += (u64)owner * ((N + 15) / 16) * nk * Weight::TILE_BYTES;
+  w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
 #endif
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
@@ -83,11 +83,11 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #endif
     const int strips = (N + 15) / 16;
     const int readable = strip < strips ? strip : strips - 1;  // warps past the end repeat the last and store nothing
-    const char* src = w + ((u64)readable * nk + k0) * Weight::TILE_BYTES;
+    const char* src = w + readable * strip_bytes<Weight>(nk) + (u64)k0 * Weight::TILE_BYTES;
     Weight r[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
-      if (i < nt) r[i].load(src, lane), src += Weight::TILE_BYTES;
+      if (i < nt) load_tile(r[i], src, lane, k0 + i + 1 == nk), src += Weight::TILE_BYTES;
     if (TURN != 2) await_previous_kernel();
     float acc[TOKENS / 2];
     u32 is_begun = 0;  // whether acc holds a part of this slice
@@ -139,7 +139,8 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
         if (i + d >= nt) break;
         compute(r[d]);
         is_begun = 1;
-        if (i + d + DEPTH < nt) r[d].load(src, lane), src += Weight::TILE_BYTES;
+        const int next = i + d + DEPTH;
+        if (next < nt) load_tile(r[d], src, lane, k0 + next + 1 == nk), src += Weight::TILE_BYTES;
 #if SEQUENTIAL
         if (i + d + 1 == slice_end) {
           asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");

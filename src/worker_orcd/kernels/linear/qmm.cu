@@ -7,7 +7,7 @@
 // CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
-// With SECOND, another format, and its SECOND_DEPTH there is `qmm_pair` instead: two matrices times the same x.
+// HALF_END: see weight.cuh. With SECOND, another format, and its SECOND_DEPTH there is `qmm_pair` instead: two matrices times the same x.
 #include "async.cuh"
 #include "weight.cuh"
 
@@ -50,13 +50,13 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   int strip = share.block * WARPS + warp;
   const int total = strip < strips ? (strips - strip + step - 1) / step * nt : 0;  // tiles of this warp
 
-  const u64 strip_bytes = (u64)nk * Weight::TILE_BYTES;
-  const char* src = w + strip * strip_bytes + (u64)k0 * Weight::TILE_BYTES;
+  const u64 each = strip_bytes<Weight>(nk);
+  const char* src = w + strip * each + (u64)k0 * Weight::TILE_BYTES;
   int fetched = 0;
   auto fetch = [&](Weight& r) {
-    r.load(src, lane);
+    load_tile(r, src, lane, k0 + ++fetched == nk);
     src += Weight::TILE_BYTES;
-    if (++fetched == nt) fetched = 0, src += step * strip_bytes - (u64)nt * Weight::TILE_BYTES;
+    if (fetched == nt) fetched = 0, src += step * each - (u64)nt * Weight::TILE_BYTES;
   };
   Weight r[AHEAD];
 #pragma unroll
@@ -172,7 +172,7 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 #if GROUPED
   const int owner = fresh(owners + blockIdx.z / share);  // known before the kernel ahead: see `spread` in ops/rows.cu
   if (owner < 0) return;
-  w += (u64)owner * ((N + 15) / 16) * nk * Weight::TILE_BYTES;
+  w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
 #endif
   const Share mine = {(int)blockIdx.x, (int)gridDim.x, (int)blockIdx.y, (int)gridDim.y};
   multiply<Weight, DEPTH>(w, x, y, N, nk, T, T8, mine);

@@ -1,13 +1,15 @@
 // Rows of a matrix in tiles as float32: what the format's `dequantize` in quant/ gives, to the last bit.
 //
-// Compiled for one format (-DFORMAT=Q4_K ...) and its tiles of 16 rows by TILE_K inputs, TILE_BYTES bytes. A thread
+// Compiled for one format (-DFORMAT=Q4_K ...) and its tiles of 16 rows by TILE_K inputs, TILE_BYTES bytes; with HALF_END a
+// strip ends with half a tile, as linear/weight.cuh has it: `half` is 1 there, and planes are half as large. A thread
 // takes four inputs side by side, whose bits lie in one word of each plane; the layout, and its letters, are those of
 // quant/repack_bits. Products and sums are rounded one by one.
 #include "async.cuh"
 
 struct At {  // inputs 128 c + 32 q + 16 v + 8 l + 4 j + 2 h + e of row 8 r + g, for h, e = 0 and 1; lane = 4 g + q
-  int row, r, c, v, l, j, lane;
+  int row, r, c, v, l, j, lane, half;
 };
+DEVICE int lanes(const At& a) { return 32 >> a.half; }
 struct Four {  // integers; number 2 h + e
   int n[4];
 };
@@ -30,7 +32,7 @@ DEVICE float4 plus(float4 a, float m) {
 
 // ---- blocks of 32
 DEVICE u32 word_at(const char* tile, const At& a) {
-  return load1(tile + (((a.c * 2 + a.v) * 32 + a.lane) * 4 + a.l * 2 + a.r) * 4);
+  return load1(tile + (((a.c * 2 + a.v) * lanes(a) + a.lane) * 4 + a.l * 2 + a.r) * 4);
 }
 DEVICE Four nibbles(const char* tile, const At& a, int zero) {
   const u32 word = word_at(tile, a) >> 8 * a.j;
@@ -49,24 +51,24 @@ DEVICE float4 scale_and_min(const Four& q, const char* plane, const At& a) {
 }
 
 DEVICE float4 Q4_0(const char* tile, const At& a) {
-  return times(floats(nibbles(tile, a, 8)), scale_at(tile + 1024, a));
+  return times(floats(nibbles(tile, a, 8)), scale_at(tile + (1024 >> a.half), a));
 }
-DEVICE float4 Q4_1(const char* tile, const At& a) { return scale_and_min(nibbles(tile, a, 0), tile + 1024, a); }
+DEVICE float4 Q4_1(const char* tile, const At& a) { return scale_and_min(nibbles(tile, a, 0), tile + (1024 >> a.half), a); }
 DEVICE float4 Q5_0(const char* tile, const At& a) {
-  return times(floats(five_bits(tile, tile + 1024, a, 16)), scale_at(tile + 1280, a));
+  return times(floats(five_bits(tile, tile + (1024 >> a.half), a, 16)), scale_at(tile + (1280 >> a.half), a));
 }
 DEVICE float4 Q5_1(const char* tile, const At& a) {
-  return scale_and_min(five_bits(tile, tile + 1024, a, 0), tile + 1280, a);
+  return scale_and_min(five_bits(tile, tile + (1024 >> a.half), a, 0), tile + (1280 >> a.half), a);
 }
 DEVICE float4 Q8_0(const char* tile, const At& a) {  // the sign bit is kept flipped: the number plus 128
-  const u32 word = load1(tile + ((a.v * 2 + a.l) * 32 + a.lane) * 16 + a.j * 8 + a.r * 4);
+  const u32 word = load1(tile + ((a.v * 2 + a.l) * lanes(a) + a.lane) * 16 + a.j * 8 + a.r * 4);
   Four q;
 #pragma unroll
   for (int i = 0; i < 4; i++) q.n[i] = (int)(word >> 8 * i & 255) - 128;
-  return times(floats(q), scale_at(tile + 2048, a));
+  return times(floats(q), scale_at(tile + (2048 >> a.half), a));
 }
 DEVICE float4 MXFP4(const char* tile, const At& a) {  // twice the number times half the scale, as in quant/mxfp4
-  const u32 word = word_at(tile, a), e = load_u16(tile + 1024 + a.lane * 2) >> 8 * a.r & 255;
+  const u32 word = word_at(tile, a), e = load_u16(tile + (1024 >> a.half) + a.lane * 2) >> 8 * a.r & 255;
   const u32 turned = __funnelshift_l(word, word, 6);
   const u32 pairs[2] = {a.j ? turned : word, a.j ? (turned & 0x001B001Bu) * 0x4108u : word << 3};
   Four q;
@@ -105,7 +107,7 @@ DEVICE float4 Q6_K(const char* tile, const At& a) {
 // ---- plain numbers
 DEVICE int mma_of(const At& a) { return 4 * a.v + 2 * a.l + a.j; }
 DEVICE const char* pairs_of_16(const char* tile, const At& a) {
-  return tile + (mma_of(a) * 32 + a.lane) * 16 + a.r * 4;
+  return tile + (mma_of(a) * lanes(a) + a.lane) * 16 + a.r * 4;
 }
 DEVICE float4 F16(const char* tile, const At& a) {
   const u32 first = load1(pairs_of_16(tile, a)), second = load1(pairs_of_16(tile, a) + 8);
@@ -117,9 +119,9 @@ DEVICE float4 BF16(const char* tile, const At& a) {
                      __uint_as_float(second << 16), __uint_as_float(second & 0xffff0000u));
 }
 DEVICE float4 F32(const char* tile, const At& a) {
-  const char* pair = tile + (mma_of(a) * 64 + a.lane) * 16 + a.r * 8;
+  const char* pair = tile + (mma_of(a) * 2 * lanes(a) + a.lane) * 16 + a.r * 8;
   u32 first[2], second[2];
-  load2(first, pair), load2(second, pair + 512);
+  load2(first, pair), load2(second, pair + 16 * lanes(a));
   return make_float4(__uint_as_float(first[0]), __uint_as_float(first[1]),
                      __uint_as_float(second[0]), __uint_as_float(second[1]));
 }
@@ -139,9 +141,10 @@ embed(const char* __restrict__ tiles, const long long* __restrict__ tokens, cons
   const float nan = __int_as_float(0x7fc00000);
   float4 v = make_float4(nan, nan, nan, nan);
   if (token >= 0 && token < N) {
-    const int row = token & 15, lane = (row & 7) * 4 + (k >> 5 & 3);
-    const At at = {row, row >> 3, k % TILE_K >> 7, k >> 4 & 1, k >> 3 & 1, k >> 2 & 1, lane};
-    v = FORMAT(tiles + ((token >> 4) * depth + k / TILE_K) * TILE_BYTES, at);
+    const int row = token & 15, half = HALF_END && k / TILE_K == depth - 1, lane = (row & 7) * (4 >> half) + (k >> 5 & 3);
+    const At at = {row, row >> 3, k % TILE_K >> 7, k >> 4 & 1, k >> 3 & 1, k >> 2 & 1, lane, half};
+    const u64 strip_bytes = (u64)depth * TILE_BYTES - (HALF_END ? TILE_BYTES / 2 : 0);
+    v = FORMAT(tiles + (token >> 4) * strip_bytes + k / TILE_K * TILE_BYTES, at);
   }
   *(float4*)(y + (u64)t * K + k) = v;
 }

@@ -201,11 +201,11 @@ class ExpertOps:
         self, matrix: TiledMatrix, how: Grouped, operands: tuple[Tensor, Tensor], region: Region, turn: int,
         more: list[Argument],
     ) -> None:  # fmt: skip
-        (n, _), (_, depth, _), (variant, blocks) = matrix.shape, matrix.tiles.shape, how
+        (n, _), (variant, blocks) = matrix.shape, how
         slices, units, share = matrix.plan.slices, len(region.owners), region.unit // (8 * variant.groups)
-        source, name = kernel_of(matrix.type, variant, grouped=True, turn=turn)
+        source, name = kernel_of(matrix.type, variant, matrix.has_half, True, turn)
         groups = operands[0].stride(0) // (8 * 64)  # of the whole image; sums are whole where there are two regions
-        args: list[Argument] = [matrix.tiles, *operands, n, depth, region.num_places, groups]
+        args: list[Argument] = [matrix.tiles, *operands, n, matrix.depth, region.num_places, groups]
         shared = matrix.plan.shared_bytes(variant)
         if isinstance(variant, FewTokens):
             work = Work((blocks, slices, units * share), variant.warps * 32, shared)
@@ -227,7 +227,7 @@ class ExpertOps:
         for unit, turn in coming:
             found = self._activated(matrix, unit, kind) if kind else None
             variant = found or self._variant(matrix, unit)
-            self._gpu.compile_ahead(kernel_of(matrix.type, variant, grouped=True, turn=turn)[0])
+            self._gpu.compile_ahead(kernel_of(matrix.type, variant, matrix.has_half, True, turn)[0])
 
     def _choose(self, matrix: TiledMatrix, unit: int, routing: Routing) -> Grouped:
         self._begin(matrix)

@@ -19,7 +19,7 @@ from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import MAX_DIMENSION
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import TILE_K, tile_bytes, tile_grid
+from worker_orcd.quant.tiles import TILE_K, ends_with_half, tile_bytes, tiles_shape
 
 MAX_GRID_Y = 65_535
 MAX_PARTS = 3
@@ -160,7 +160,7 @@ class Ops:
 
         A token -1 - r is that of `sampled` i64 [r].
         """
-        width, expected = shape[1], (*tile_grid(type, shape), tile_bytes(type))
+        width, expected = shape[1], tiles_shape(type, shape)
         self._gpu.require(tiles, dtype=torch.uint8)
         self._gpu.require(tokens, dtype=torch.int64)
         if tuple(tiles.shape) != expected:
@@ -173,7 +173,8 @@ class Ops:
             self._gpu.require(sampled, dtype=torch.int64)
             num_sampled = len(sampled)
         args: list[Argument] = [tiles, tokens, sampled, y, num_sampled, *shape]
-        self.rows(embed_source(type), "embed", -(-width // 256), len(tokens), ROW_THREADS, args)
+        source = embed_source(type, ends_with_half(type, width))
+        self.rows(source, "embed", -(-width // 256), len(tokens), ROW_THREADS, args)
         return y
 
     def to_image(self, x: Tensor) -> Tensor:
@@ -240,8 +241,9 @@ class Ops:
         return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps)
 
 
-def embed_source(type: GgmlType) -> Source:
-    return Source("ops", "embed.cu", defined(FORMAT=type.name, TILE_K=TILE_K[type], TILE_BYTES=tile_bytes(type)))
+def embed_source(type: GgmlType, has_half: bool) -> Source:
+    options = defined(FORMAT=type.name, TILE_K=TILE_K[type], TILE_BYTES=tile_bytes(type), HALF_END=int(has_half))
+    return Source("ops", "embed.cu", options)
 
 
 def slices_ahead(parts: Sequence[Part], most: int = MOST_AHEAD) -> int:
