@@ -52,9 +52,11 @@ def check_places(routing: Routing, counts: list[int]) -> None:
         owners = region.owners.tolist()
         assert all(owner >= 0 for owner in owners[: needed[region.unit]]), "units in use come first"
         assert owners[needed[region.unit] :] == [-1] * (len(owners) - needed[region.unit])
+        filled = region.filled.tolist()
         for place in range(region.first, region.first + region.num_places):
-            owner = owners[(place - region.first) // region.unit]
-            assert experts[place] == (owner if place in places else -1)
+            unit, row = divmod(place - region.first, region.unit)
+            assert (place in places) == (row < filled[unit])
+            assert experts[place] == (owners[unit] if place in places else -1)
 
 
 @pytest.mark.parametrize(("num_experts", "used", "num_rows"), [(4, 1, 3), (32, 4, 9), (60, 4, 40), (200, 8, 5)])

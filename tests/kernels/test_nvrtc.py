@@ -81,17 +81,18 @@ OTHERS = [
     *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2, AHEAD=4)) for bits in KV_BITS.values()),
     *(("activate", defined(ACTIVATION=kind, GATED=1, AHEAD=2)) for kind in ("SILU", "GELU", "GELU_TANH", "CLAMPED")),
     ("activate", defined(ACTIVATION="GELU", GATED=0, AHEAD=1)),
-    ("arrange", defined(EXPERTS=32, USED=4)),
+    ("combine", defined(EXPERTS=32, USED=4)),
     ("to_image", defined(PLAIN=1)),
     ("total", defined(PLAIN=1)),
     ("sample", ()),
 ]
+OTHER_FILES = {"combine": "experts.cu"}
 
 
 @EVERY_CARD
 @pytest.mark.parametrize(("name", "options"), OTHERS)
 def test_the_other_kernels_compile(name: str, options: tuple[str, ...], arch: str) -> None:
-    source = SOURCE if name == "sample" else Source("ops", "rows.cu", options)
+    source = SOURCE if name == "sample" else Source("ops", OTHER_FILES.get(name, "rows.cu"), options)
     assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 

@@ -6,7 +6,8 @@
 // grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
 // With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
-// With GROUPED as in qmm.cu, an owner for each TOKENS rows of x. With ACTIVATION as in activated.cuh. HALF_END: see weight.cuh.
+// With GROUPED as in qmm.cu, an owner for each TOKENS rows of x, of which the first `filled` are anybody's; of the others x
+// is not read nor y written. With ACTIVATION as in activated.cuh. HALF_END: see weight.cuh.
 // TURN 1 and 2 are two launches over units of two sizes, each with its own part of x and y; 0 is one alone. A block of
 // TURN 1 lets the second begin only when it has waited itself, so the second finds complete whatever the first waited
 // for, and begins without a wait. Its blocks wait for the first before they leave: who waits for the second has waited
@@ -31,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, CTAS)
 qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8,
       int S
 #if GROUPED
-      , const int* __restrict__ owners
+      , const int* __restrict__ owners, const int* __restrict__ filled
 #endif
 #ifdef ACTIVATION  // y is the image instead
       , const float* __restrict__ bias
@@ -48,6 +49,11 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     return;
   }
   w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
+  const int rows = fresh(filled + z);
+  const u32 bytes = (rows + 7) / 8 * GROUP_BYTES;  // of a piece; what lies behind them in its buffer is multiplied in vain
+  T = min(T, z * TOKENS + rows);
+#else
+  const u32 bytes = PIECE_BYTES;
 #endif
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
@@ -67,10 +73,10 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
         for (int c = 0; c < nt * STAGES_X / PIECES; c++) {
           int stage = c % STAGES;
           if (c >= STAGES) barrier_wait(empty + stage * 8, ((c / STAGES) + 1) & 1);
-          barrier_expect(full + stage * 8, STAGE_BYTES);
+          barrier_expect(full + stage * 8, PIECES * bytes);
           for (int i = 0; i < PIECES; i++) {
             const char* piece = x + ((u64)(k0 * STAGES_X + c * PIECES + i) * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
-            bulk_copy(xs + stage * STAGE_BYTES + i * PIECE_BYTES, piece, PIECE_BYTES, full + stage * 8);
+            bulk_copy(xs + stage * STAGE_BYTES + i * PIECE_BYTES, piece, bytes, full + stage * 8);
           }
         }
     }

@@ -170,7 +170,7 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
 #endif
 ) {
 #if GROUPED
-  const int owner = fresh(owners + blockIdx.z / share);  // known before the kernel ahead: see `spread` in ops/rows.cu
+  const int owner = fresh(owners + blockIdx.z / share);  // known before the kernel ahead: see `spread` in ops/experts.cu
   if (owner < 0) return;
   w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
 #endif

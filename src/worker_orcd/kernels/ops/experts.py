@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,12 @@ from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
 from worker_orcd.kernels.linear.plan import MULTIPROCESSORS, WARPS_PER_SM, FewTokens, LinearPlan, ManyTokens, Variant
-from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape, rows_source
-from worker_orcd.kernels.source import Source
+from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape
+from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
-ARRANGERS = 1024  # threads, of rows.cu
+ARRANGERS = 1024  # threads, of experts.cu
 TOGETHER_ROWS = ARRANGERS // 32  # that one block both routes, a warp each, and arranges
 UNITS = {False: (8, 16, 32), True: (8, 24)}  # rows, where all units are alike; without and with wgmma
 SMALL_UNITS = (24, 32, 48, 64)  # for wgmma, beside others twice as large
@@ -50,6 +51,7 @@ class Region(NamedTuple):
     first: int  # place
     unit: int  # rows
     owners: Tensor  # of the units
+    filled: Tensor  # rows of each unit that are anybody's
 
     @property
     def num_places(self) -> int:
@@ -106,12 +108,13 @@ class ExpertOps:
         sums = self._ops.sums(scores, num_rows, num_experts)
         small, large = sizes or unit_rows(pairs, num_experts, self._gpu.card.has_wgmma)
         units = _Units(*unit_counts(pairs, num_experts, small, large), small, large)
-        chosen, places, experts, owners = (
+        num_units = units.smalls + units.larges
+        chosen, places, experts, owners, filled = (
             torch.empty(n, dtype=torch.int32, device=self._gpu.device)
-            for n in (pairs, pairs, units.smalls * small + units.larges * large, units.smalls + units.larges)
+            for n in (pairs, pairs, units.smalls * small + units.larges * large, num_units, num_units)
         )
         weights = torch.empty(num_rows, num_used, device=self._gpu.device)
-        source, where = rows_source(EXPERTS=num_experts, USED=num_used), [places, experts, owners]
+        source, where = experts_source(num_experts, num_used), [places, experts, owners, filled]
         args: list[Argument] = [sums, chosen, weights]
         if 0 < num_rows <= TOGETHER_ROWS:
             args += [*where, num_rows, int(over_chosen), units]
@@ -121,8 +124,8 @@ class ExpertOps:
             args = [chosen, *where, pairs, units]
             self._gpu.launch(source, "arrange", Work((int(num_rows > 0), 1, 1), ARRANGERS), args)
         regions = (
-            Region(units.smalls * small, large, owners[units.smalls :]),
-            Region(0, small, owners[: units.smalls]),
+            Region(units.smalls * small, large, owners[units.smalls :], filled[units.smalls :]),
+            Region(0, small, owners[: units.smalls], filled[: units.smalls]),
         )
         used = tuple(region for region in regions if len(region.owners))
         return Routing(weights, places, experts, owners, used, num_experts, source)
@@ -213,7 +216,7 @@ class ExpertOps:
         else:
             side_by_side = 1 if variant.sequential else slices
             work = Work((blocks, side_by_side, units), variant.warpgroups * 128 + 128, shared)
-            self._gpu.launch(source, name, work, [*args, slices, region.owners, *more])
+            self._gpu.launch(source, name, work, [*args, slices, region.owners, region.filled, *more])
 
     def _begin(self, matrix: TiledMatrix, kind: str = "") -> None:
         """Begin to compile for all units: they will come, and to compile them then would hold up a step."""
@@ -273,6 +276,11 @@ class ExpertOps:
         return y
 
 
+@lru_cache(maxsize=16)
+def experts_source(num_experts: int, num_used: int) -> Source:
+    return Source("ops", "experts.cu", defined(EXPERTS=num_experts, USED=num_used))
+
+
 def unit_rows(pairs: int, num_experts: int, has_wgmma: bool) -> tuple[int, int]:
     """Rows of small units, 0 where there are none, and of large ones.
 
@@ -290,7 +298,7 @@ def unit_rows(pairs: int, num_experts: int, has_wgmma: bool) -> tuple[int, int]:
 def unit_counts(pairs: int, num_experts: int, small: int, large: int) -> tuple[int, int]:
     """The most small and large units that `pairs` can need, however they fall.
 
-    As rows.cu gives units out, an expert has its first large one from small + 1 rows on, and one more for every
+    As experts.cu gives units out, an expert has its first large one from small + 1 rows on, and one more for every
     `large` rows beyond. So m experts that have any, with p rows, have m + (p - m (small + 1)) // large at most; this
     grows with m, and more than p // (small + 1) such experts there cannot be.
     """
