@@ -27,7 +27,6 @@ from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, choose_expert
 from worker_orcd.kernels.ops.experts import ExpertOps, Grouped, Routing
 from worker_orcd.kernels.ops.ops import Ops, Part
 from worker_orcd.quant.repack import pack
-from worker_orcd.quant.tiles import ends_with_half
 
 EXPERTS, USED, HIDDEN, COPIES, ROUTINGS = 32, 4, 2880, 2, 12
 SHAPES = {"gate_up": (5760, HIDDEN), "down": (2880, HIDDEN)}
@@ -105,8 +104,7 @@ def sweep(bench: Bench, num_tokens: int, units: list[int], gbps: float, ahead: b
             found = []
             for how in candidates(unit, bench.shape[0], slices, active, bench.gpu.num_sms):
                 if ahead:
-                    has_half = ends_with_half(bench.kind, bench.shape[1])
-                    bench.gpu.compile_ahead(kernel_of(bench.kind, how.variant, has_half, grouped=True)[0])
+                    bench.gpu.compile_ahead(kernel_of(bench.kind, how.variant, grouped=True)[0])
                     continue
                 try:
                     found.append((bench.us(num_tokens, routings, slices, how), how))

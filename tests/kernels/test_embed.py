@@ -12,6 +12,7 @@ from tests.kernels.weights import HALVES
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.ops.ops import Ops
+from worker_orcd.quant import tiles
 from worker_orcd.quant.format import FORMATS, format_of
 from worker_orcd.quant.repack import pack
 
@@ -49,7 +50,11 @@ def widths(kind: GgmlType) -> tuple[int, ...]:
 
 
 @EVERY_FORMAT
-def test_every_row_has_the_bits_of_the_format(kind: GgmlType, gpu: Gpu) -> None:
+@pytest.mark.parametrize("many_rows", [2**16, 1])
+def test_every_row_has_the_bits_of_the_format(
+    kind: GgmlType, many_rows: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "MANY_ROWS", many_rows)  # with 1, strips end with half a tile
     for k in widths(kind):
         table, tokens = Table(kind, k, gpu), [*reversed(range(ROWS)), 0, ROWS - 1]
         exactly(table.embed(tokens), table.values[tokens])

@@ -19,10 +19,13 @@ from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_b
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.kernels.source import Source
+from worker_orcd.quant import tiles
 from worker_orcd.quant.format import FORMATS
 from worker_orcd.quant.repack import pack
+from worker_orcd.quant.tiles import TILE_K
 
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+WITH_HALVES = [kind for kind in FORMATS if TILE_K[kind] == 128 and kind is not GgmlType.MXFP4]
 SOME_T = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 299)
 FEW_T = (1, 8)  # emulated: another variant than the 20 rows of the whole
 
@@ -87,6 +90,19 @@ def test_close_to_float64_and_the_same_bits_for_every_number_of_rows(kind: GgmlT
         for num_rows in SOME_T if is_real(gpu) else FEW_T:
             chosen = torch.randperm(len(x))[:num_rows]
             assert torch.equal(product(gpu, x[chosen], matrix), whole[chosen]), (shape, num_rows)
+
+
+@pytest.mark.parametrize("kind", WITH_HALVES, ids=lambda kind: kind.name)
+def test_half_a_tile_at_the_end_changes_no_bit(kind: GgmlType, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a vocabulary, which is this small here; in every kind of kernel that a card has."""
+    shape = (70, 192 if kind.block_elems == 32 else 150)
+    whole, _ = matrix_of(kind, shape, gpu)
+    monkeypatch.setattr(tiles, "MANY_ROWS", 1)
+    half, _ = matrix_of(kind, shape, gpu)
+    assert half.tiles.nbytes == whole.tiles.nbytes * 3 // 4
+    x = rows_of(shape[1], gpu)
+    for num_rows in (1, 12, 20, *((300,) if is_real(gpu) else ())):
+        assert torch.equal(product(gpu, x[:num_rows], half), product(gpu, x[:num_rows], whole)), num_rows
 
 
 def variants(gpu: Gpu, slices: int) -> list[Variant]:

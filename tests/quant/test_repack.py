@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import worker_orcd.quant.tiles as tiles_module
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.quant.format import FORMATS
@@ -36,13 +37,27 @@ def test_a_tile_is_a_permutation_of_the_bits_of_its_blocks(kind: GgmlType) -> No
 
 
 @FORMAT_NAMES
-@pytest.mark.parametrize("n", [1, 16, 50])
-def test_unpack_is_the_inverse_of_pack(kind: GgmlType, n: int) -> None:
+@pytest.mark.parametrize(("n", "many_rows"), [(1, 2**16), (16, 2**16), (50, 2**16), (1, 1), (50, 1)])
+def test_unpack_is_the_inverse_of_pack(
+    kind: GgmlType, n: int, many_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles_module, "MANY_ROWS", many_rows)
     for k in widths(kind):
         raw = random_raw(kind, n, k)
         tiles = pack(raw, kind, (n, k))
         assert tiles.nbytes == packed_bytes(kind, (n, k))
         assert torch.equal(unpack(tiles, kind, (n, k)), raw)
+
+
+def test_a_vocabulary_keeps_half_a_tile_where_that_is_enough() -> None:
+    """The tables of GPT-OSS: 22 tiles and a half."""
+    q8, size = GgmlType.Q8_0, tile_bytes(GgmlType.Q8_0)
+    assert packed_bytes(q8, (201088, 2880)) == 201088 * q8.row_bytes(2880)
+    assert packed_bytes(q8, (201088, 2912)) == 201088 // 16 * 23 * size, "more than half is there"
+    assert packed_bytes(q8, (5120, 2880)) == 5120 // 16 * 23 * size, "few rows"
+    assert packed_bytes(q8, (201088, 4096)) == 201088 * q8.row_bytes(4096)
+    experts = packed_bytes(GgmlType.MXFP4, (32 * 5760, 2880))
+    assert experts == 32 * 5760 // 16 * 23 * tile_bytes(GgmlType.MXFP4)
 
 
 @FORMAT_NAMES

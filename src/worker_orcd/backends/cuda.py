@@ -88,12 +88,14 @@ class CudaBackend:
         return PackedWeight(type, shape, (tiles,), matrix)
 
     def join(self, weights: Sequence[base.PackedWeight], count: int = 1) -> base.PackedWeight | None:
-        """None where formats or widths differ.
+        """None where formats, widths or the bytes of a strip differ.
 
         Tiles stay as they are, so all matrices but the last must end with a tile. For a moment both copies exist.
         """
         first, total = weights[0], sum(weight.shape[0] for weight in weights)
         if any(w.type is not first.type or w.shape[1] != first.shape[1] for w in weights):
+            return None
+        if any(w.parts[0].shape[1] != first.parts[0].shape[1] for w in weights):
             return None
         if any(w.shape[0] // count % TILE_ROWS for w in (weights if count > 1 else weights[:-1])):
             return None

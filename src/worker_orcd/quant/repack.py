@@ -36,7 +36,7 @@ def pack(raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
     for start in range(0, strips, step):
         blocks = _pad(rows[start * TILE_ROWS : (start + step) * TILE_ROWS], type, depth)
         whole = _flip_signs(_move_bits(blocks, source).view(-1, depth, size), type).flatten(1)
-        if ends_with_half(type, shape[1]):
+        if ends_with_half(type, shape):
             last = (depth - 1) * size
             whole = torch.cat([whole[:, :last], whole[:, last + _half_bytes(type, raw.device)]], 1)
         tiles[start : start + step] = whole
@@ -64,7 +64,7 @@ def unpack(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
     step = max(1, PIECE_BYTES // (depth * size))
     for start in range(0, strips, step):
         part = tiles[start : start + step].clone()
-        if ends_with_half(type, shape[1]):
+        if ends_with_half(type, shape):
             last = (depth - 1) * size
             whole = part.new_zeros(len(part), depth * size)
             whole[:, :last] = part[:, :last]

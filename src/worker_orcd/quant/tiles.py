@@ -2,8 +2,7 @@
 
 A tile is 16 rows by `k` inputs with the same bits the file has for them, in the order the matmul reads them
 (`repack_bits` says which). A matrix is its tiles, the 16-row strip outermost, then along K. Rows and inputs that
-do not fill a tile are padded with zero bytes; where at most half of a strip's last tile of 128 inputs is there, only
-that half is kept.
+do not fill a tile are padded with zero bytes. A vocabulary's strips end with half a tile where that is enough.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from types import MappingProxyType
 from worker_orcd.gguf.types import GgmlType
 
 TILE_ROWS = 16
+MANY_ROWS = 2**16
 
 TILE_K: Mapping[GgmlType, int] = MappingProxyType(
     {
@@ -43,16 +43,21 @@ def tile_grid(type: GgmlType, shape: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // TILE_ROWS), -(-shape[1] // TILE_K[type])
 
 
-def ends_with_half(type: GgmlType, k: int) -> bool:
-    """Whether the last tile of a strip of `k` inputs is half a one."""
-    return TILE_K[type] == 128 and 0 < k % 128 <= 64
+def ends_with_half(type: GgmlType, shape: tuple[int, int]) -> bool:
+    """Whether the last tile of each strip of a matrix [N, K] is half a one, for at most 64 inputs of 128.
+
+    So for matrices of MANY_ROWS, which are read once a step, or a row of them: the others would lose more time than
+    memory is saved, and MXFP4's experts, matrices of many rows together, the most.
+    """
+    is_table = shape[0] >= MANY_ROWS and type is not GgmlType.MXFP4
+    return is_table and TILE_K[type] == 128 and 0 < shape[1] % 128 <= 64
 
 
-def tiles_shape(type: GgmlType, shape: tuple[int, int]) -> tuple[int, int]:
-    """Strips of a matrix [N, K], and the bytes of each, padding included."""
+def tiles_shape(type: GgmlType, shape: tuple[int, int], has_half: bool | None = None) -> tuple[int, int]:
+    """Strips of a matrix [N, K], and the bytes of each, padding included; `has_half`: other than as it is packed."""
     strips, depth = tile_grid(type, shape)
-    size = tile_bytes(type)
-    return strips, depth * size - (size // 2 if ends_with_half(type, shape[1]) else 0)
+    has_half = ends_with_half(type, shape) if has_half is None else has_half
+    return strips, depth * tile_bytes(type) - (tile_bytes(type) // 2 if has_half else 0)
 
 
 def packed_bytes(type: GgmlType, shape: tuple[int, int]) -> int:

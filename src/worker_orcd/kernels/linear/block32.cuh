@@ -4,10 +4,9 @@
 
 struct Words {  // 128 inputs: two 512-byte planes, a word for four numbers of each half
   u32 words[8];
-  template <int IS_HALF>
-  DEVICE void load_words(const char* tile, int lane) {
+  DEVICE void load_words(const char* tile, int lane, int half) {
     load4(words, tile + lane * 16);
-    load4(words + 4, tile + (512 >> IS_HALF) + lane * 16);
+    load4(words + 4, tile + (512 >> half) + lane * 16);
   }
 };
 
@@ -48,10 +47,9 @@ struct Q4_0 : NibbleScales {  // d (q - 8)
   static constexpr int TILE_K = 128, TILE_BYTES = 1152;
   static constexpr float SCALE = 65536.f;
   u32 d;
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
-    this->template load_words<IS_HALF>(tile, lane);
-    d = load1(tile + (1024 >> IS_HALF) + lane * 4);
+  DEVICE void load(const char* tile, int lane, int half) {
+    load_words(tile, lane, half);
+    d = load1(tile + (1024 >> half) + lane * 4);
   }
   DEVICE void prepare(int) {
 #pragma unroll
@@ -67,10 +65,9 @@ struct Q4_1 : NibbleScales {  // d q + m
   static constexpr int TILE_K = 128, TILE_BYTES = 1280;
   static constexpr float SCALE = 65536.f;
   u32 dm[2];
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
-    this->template load_words<IS_HALF>(tile, lane);
-    load2(dm, tile + (1024 >> IS_HALF) + lane * 8);
+  DEVICE void load(const char* tile, int lane, int half) {
+    load_words(tile, lane, half);
+    load2(dm, tile + (1024 >> half) + lane * 8);
   }
   DEVICE void prepare(int) {
 #pragma unroll
@@ -83,10 +80,9 @@ struct Q4_1 : NibbleScales {  // d q + m
 
 struct FiveBits : Words {  // what Q5_0 and Q5_1 share
   u32 rest[2], scale[2], scale_half[2], add[2];
-  template <int IS_HALF>
-  DEVICE void load_five(const char* tile, int lane) {
-    this->template load_words<IS_HALF>(tile, lane);
-    load2(rest, tile + (1024 >> IS_HALF) + lane * 8);
+  DEVICE void load_five(const char* tile, int lane, int half) {
+    load_words(tile, lane, half);
+    load2(rest, tile + (1024 >> half) + lane * 8);
   }
   DEVICE void set(int row, u32 s) {
     scale[row] = mul_bf16x2(s, power_x2(117));
@@ -105,10 +101,9 @@ struct Q5_0 : FiveBits {  // d (q - 16)
   static constexpr int TILE_K = 128, TILE_BYTES = 1408;
   static constexpr float SCALE = 65536.f;
   u32 d;
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
-    this->template load_five<IS_HALF>(tile, lane);
-    d = load1(tile + (1280 >> IS_HALF) + lane * 4);
+  DEVICE void load(const char* tile, int lane, int half) {
+    load_five(tile, lane, half);
+    d = load1(tile + (1280 >> half) + lane * 4);
   }
   DEVICE void prepare(int) {
 #pragma unroll
@@ -124,10 +119,9 @@ struct Q5_1 : FiveBits {  // d q + m
   static constexpr int TILE_K = 128, TILE_BYTES = 1536;
   static constexpr float SCALE = 65536.f;
   u32 dm[2];
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
-    this->template load_five<IS_HALF>(tile, lane);
-    load2(dm, tile + (1280 >> IS_HALF) + lane * 8);
+  DEVICE void load(const char* tile, int lane, int half) {
+    load_five(tile, lane, half);
+    load2(dm, tile + (1280 >> half) + lane * 8);
   }
   DEVICE void prepare(int) {
 #pragma unroll
@@ -142,11 +136,10 @@ struct Q8_0 {  // d (v - 128), v the stored byte with its sign bit flipped
   static constexpr int TILE_K = 128, TILE_BYTES = 2176;
   static constexpr float SCALE = 65536.f;
   u32 words[16], d, scale[2], add[2];
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
+  DEVICE void load(const char* tile, int lane, int half) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) load4(words + 4 * i, tile + i * (512 >> IS_HALF) + lane * 16);
-    d = load1(tile + (2048 >> IS_HALF) + lane * 4);
+    for (int i = 0; i < 4; i++) load4(words + 4 * i, tile + i * (512 >> half) + lane * 16);
+    d = load1(tile + (2048 >> half) + lane * 4);
   }
   DEVICE void prepare(int) {
 #pragma unroll
@@ -172,10 +165,9 @@ struct MXFP4 : Words {  // 2^(E - 127) e2m1: sign, exponent and mantissa are mov
   static constexpr int TILE_K = 128, TILE_BYTES = 1088;
   static constexpr float SCALE = 65536.f;
   u32 e, scale[2];
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
-    this->template load_words<IS_HALF>(tile, lane);
-    e = load_u16(tile + (1024 >> IS_HALF) + lane * 2);
+  DEVICE void load(const char* tile, int lane, int half) {
+    load_words(tile, lane, half);
+    e = load_u16(tile + (1024 >> half) + lane * 2);
   }
   DEVICE void prepare(int) {  // 2^(E - 17) in bf16: the moved bits mean 2^-126 of the code, the operand has 2^-16
     scale[0] = ((e & 255) + 110) * 0x00800080u;

@@ -33,8 +33,7 @@ struct Q4_K : KScales {
   static constexpr int TILE_K = 256, TILE_BYTES = 2304;
   static constexpr float SCALE = 65536.f;
   u32 scale[2], scale_16th[2];
-  template <int>  // there are no halves of these
-  DEVICE void load(const char* tile, int lane) {
+  DEVICE void load(const char* tile, int lane, int) {
     load_words(tile, lane);
     load_scales(tile + 2048, lane);
   }
@@ -60,8 +59,7 @@ struct Q5_K : KScales {
   static constexpr int TILE_K = 256, TILE_BYTES = 2816;
   static constexpr float SCALE = 65536.f;
   u32 rest[4], scale[2], scale_half[2];  // rest of (chunk, row)
-  template <int>  // there are no halves of these
-  DEVICE void load(const char* tile, int lane) {
+  DEVICE void load(const char* tile, int lane, int) {
     load_words(tile, lane);
     load4(rest, tile + 2048 + lane * 16);
     load_scales(tile + 2560, lane);
@@ -87,8 +85,7 @@ struct Q6_K : KWords {  // d sc (q - 32); one scale for 16 inputs, so two in a l
   static constexpr int TILE_K = 256, TILE_BYTES = 3360;
   static constexpr float SCALE = 65536.f;
   u32 rest[8], packed[2], d[2], scale[2], scale_4th[2], add[2];
-  template <int>  // there are no halves of these
-  DEVICE void load(const char* tile, int lane) {
+  DEVICE void load(const char* tile, int lane, int) {
     load_words(tile, lane);
     load4(rest, tile + 2048 + lane * 16);
     load4(rest + 4, tile + 2560 + lane * 16);

@@ -19,7 +19,7 @@ from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import TILE_ROWS, ends_with_half, tile_grid, tiles_shape
+from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, tile_grid, tiles_shape
 
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 MAX_SLICES = 65_535  # a grid's second axis
@@ -38,7 +38,7 @@ class TiledMatrix:
     count: int = 1
 
     def __post_init__(self) -> None:
-        strips, strip_bytes = tiles_shape(self.type, self.shape)
+        strips, strip_bytes = tiles_shape(self.type, self.shape, self.has_half)
         expected = (strips * self.count, strip_bytes)
         if tuple(self.tiles.shape) != expected or self.tiles.dtype != torch.uint8:
             raise ValueError(
@@ -66,8 +66,8 @@ class TiledMatrix:
 
     @property
     def has_half(self) -> bool:
-        """Whether the last of them is half a one."""
-        return ends_with_half(self.type, self.shape[1])
+        """Whether the last of them is half a one: as the bytes of a strip say, since experts were packed together."""
+        return self.tiles.shape[-1] == tiles_shape(self.type, self.shape, True)[1] and TILE_K[self.type] == 128
 
 
 def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> TiledMatrix:
@@ -103,7 +103,7 @@ class Linear:
         Raises ValueError as a call does.
         """
         pair = plan_pair(first.plan, second.plan, num_rows, self._gpu.card, self._gpu.num_sms)
-        if pair is None:
+        if pair is None or first.has_half != second.has_half:
             return self(image, num_rows, first), self(image, num_rows, second)
         self._check(image, num_rows, first)
         self._check(image, num_rows, second)

@@ -6,10 +6,9 @@ struct BF16 {  // 4096 bytes: 16 per lane and MMA, its four registers as they ar
   static constexpr int TILE_K = 128, TILE_BYTES = 4096;
   static constexpr float SCALE = 1.f;
   u32 words[32];
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
+  DEVICE void load(const char* tile, int lane, int half) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) load4(words + 4 * j, tile + j * (512 >> IS_HALF) + lane * 16);
+    for (int j = 0; j < 8; j++) load4(words + 4 * j, tile + j * (512 >> half) + lane * 16);
   }
   DEVICE void prepare(int) {}
   DEVICE void expand(int, int pair, u32* even, u32* odd) {
@@ -35,10 +34,9 @@ struct F32 {  // 8192 bytes: 16 per lane and half MMA, (row g, row g + 8) x 2 nu
   static constexpr int TILE_K = 128, TILE_BYTES = 8192;
   static constexpr float SCALE = 1.f;
   u32 words[64];
-  template <int IS_HALF>
-  DEVICE void load(const char* tile, int lane) {
+  DEVICE void load(const char* tile, int lane, int half) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) load4(words + 4 * i, tile + i * (512 >> IS_HALF) + lane * 16);
+    for (int i = 0; i < 16; i++) load4(words + 4 * i, tile + i * (512 >> half) + lane * 16);
   }
   DEVICE void prepare(int) {}
   DEVICE void expand(int, int pair, u32* even, u32* odd) {

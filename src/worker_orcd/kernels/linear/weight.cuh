@@ -16,18 +16,12 @@ constexpr int CHUNKS = Weight::TILE_K / 128;   // of one tile
 constexpr int STAGES_X = Weight::TILE_K / 64;  // pieces of 64 inputs in one tile
 constexpr int GROUP_BYTES = 1024;              // 8 tokens x 64 inputs of the x image
 
-// With HALF_END strips end with half a tile: of each plane the parts of lanes 4 g and 4 g + 1, who have the first 64 inputs.
-// The other lanes then hold zeros.
+// With HALF_END strips end with half a tile: of each plane the parts of lanes 4 g and 4 g + 1, who have the first 64
+// inputs. The other lanes read the same once more: their inputs are zeros. No branch, or loads would not be ahead.
 template <class Weight>
 DEVICE void load_tile(Weight& r, const char* tile, int lane, bool is_half) {
-#if HALF_END
-  if (is_half) {
-    r = Weight{};
-    if ((lane & 2) == 0) r.template load<1>(tile, lane / 4 * 2 + lane % 2);
-    return;
-  }
-#endif
-  r.template load<0>(tile, lane);
+  const int half = HALF_END && is_half;
+  r.load(tile, half ? lane / 4 * 2 + lane % 2 : lane, half);
 }
 // of `depth` tiles
 template <class Weight>

@@ -173,7 +173,7 @@ class Ops:
             self._gpu.require(sampled, dtype=torch.int64)
             num_sampled = len(sampled)
         args: list[Argument] = [tiles, tokens, sampled, y, num_sampled, *shape]
-        source = embed_source(type, ends_with_half(type, width))
+        source = embed_source(type, ends_with_half(type, shape))
         self.rows(source, "embed", -(-width // 256), len(tokens), ROW_THREADS, args)
         return y
 
