@@ -16,7 +16,7 @@ from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
-from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair
+from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair, ring
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, tile_grid, tiles_shape
@@ -210,13 +210,15 @@ def kernel_of(
 ) -> tuple[Source, str]:
     """The source of a variant for a format, and the name of its function; `turn` is TURN of qgemm.cu."""
     if isinstance(variant, ManyTokens):
+        pieces, buffers = ring(type, variant)
         options = defined(
             FORMAT=type.name,
             HALF_END=int(has_half),
             TOKENS=variant.tokens,
             WARPGROUPS=variant.warpgroups,
             DEPTH=variant.depth,
-            STAGES=variant.stages,
+            PIECES=pieces,
+            STAGES=buffers,
             SEQUENTIAL=int(variant.sequential),
             SHARED_SUMS=int(variant.has_shared_sums),
             CTAS=variant.ctas,

@@ -46,7 +46,7 @@ class ManyTokens:
     tokens: int
     warpgroups: int
     depth: int
-    stages: int  # buffers for x, of `pieces` times 64 inputs
+    stages: int  # buffers for x; what one holds is `ring`'s
     sequential: bool  # slices one after the other in a block; else side by side, with partial sums
     ctas: int = 1  # blocks on a multiprocessor
     activation: str = ""  # of gate above up: what leaves is the next matmul's image, not sums
@@ -54,10 +54,6 @@ class ManyTokens:
     @property
     def groups(self) -> int:
         return self.tokens // 8
-
-    @property
-    def pieces(self) -> int:
-        return 2 if self.tokens <= 64 else 1  # as PIECES in qgemm.cu
 
     @property
     def has_shared_sums(self) -> bool:
@@ -86,7 +82,8 @@ class LinearPlan:
         """Shared memory of a block."""
         if isinstance(variant, ManyTokens):
             sums = 256 * variant.tokens * variant.warpgroups if variant.has_shared_sums else 0
-            return 3072 + 128 * variant.tokens * variant.pieces * variant.stages + sums
+            pieces, buffers = ring(self.type, variant)
+            return 3072 + 128 * variant.tokens * pieces * buffers + sums
         return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024
 
     def is_whole(self, variant: Variant) -> bool:
@@ -204,6 +201,19 @@ class LinearPlan:
 
     def _is_sequential(self, num_tokens: int, tokens: int) -> bool:
         return self.slices > 1 and self._blocks(num_tokens, tokens) >= ENOUGH_BLOCKS
+
+
+def ring(type: GgmlType, variant: ManyTokens) -> tuple[int, int]:
+    """Of qgemm's buffers for x: how many pieces of 64 inputs one holds, and how many there are.
+
+    Few tokens take the matrix unit so little time that a barrier for each piece would be felt, most where few
+    instructions expand a tile. No buffer may end inside what is unrolled, which is the tiles fetched ahead.
+    """
+    if variant.tokens > 64:
+        return 1, variant.stages
+    if variant.tokens <= 32 and TILE_K[type] == 128 and variant.depth % 2 == 0:
+        return 4, max(2, -(-variant.stages // 2))
+    return 2, variant.stages
 
 
 def plan_linear(n: int, k: int, type: GgmlType, slices: int | None = None) -> LinearPlan:

@@ -1,7 +1,7 @@
 // y[t][n] = sum over k of x[t][k] W[n][k] for many tokens, by wgmma (Hopper), in the same order of sums as qmm.cu.
 //
 // A CTA is WARPGROUPS consumers of 64 rows each (a warp owns the strip of 16 rows) and a producer, which streams x
-// through STAGES buffers, each of PIECES pieces of TOKENS x 64. Weights go from device memory straight to registers,
+// through STAGES buffers, each of PIECES (1, 2 or 4) pieces of TOKENS x 64. Weights go from device memory to registers,
 // DEPTH tiles ahead.
 // grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
@@ -19,7 +19,7 @@
 #include "activated.cuh"
 #endif
 
-constexpr int PIECES = TOKENS <= 64 ? 2 : 1;  // where a piece takes the matrix unit little time, its barrier would be felt
+constexpr int SPAN = PIECES > 2 ? PIECES / 2 : 1;  // chunks of 128 inputs that share a barrier; 1 with PIECES 1, too
 constexpr u32 PIECE_BYTES = TOKENS * 128, STAGE_BYTES = PIECES * PIECE_BYTES;
 
 // Of x for wgmma: 128-byte swizzle, groups of 8 tokens 1024 bytes apart. The lower half counts on with the address, the
@@ -50,7 +50,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
   }
   w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
   const int rows = fresh(filled + z);
-  const u32 bytes = (rows + 7) / 8 * GROUP_BYTES;  // of a piece; what lies behind them in its buffer is multiplied in vain
+  const u32 bytes = (rows + 7) / 8 * GROUP_BYTES;  // of a piece
   T = min(T, z * TOKENS + rows);
 #else
   const u32 bytes = PIECE_BYTES;
@@ -70,11 +70,12 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
       if (TURN != 2) await_previous_kernel();
       if (TURN == 1) start_next_kernel();
       if (lane == 0)
-        for (int c = 0; c < nt * STAGES_X / PIECES; c++) {
+        for (int c = 0; c * PIECES < nt * STAGES_X; c++) {
           int stage = c % STAGES;
           if (c >= STAGES) barrier_wait(empty + stage * 8, ((c / STAGES) + 1) & 1);
-          barrier_expect(full + stage * 8, PIECES * bytes);
-          for (int i = 0; i < PIECES; i++) {
+          const int count = min(PIECES, nt * STAGES_X - c * PIECES);
+          barrier_expect(full + stage * 8, count * bytes);
+          for (int i = 0; i < count; i++) {
             const char* piece = x + ((u64)(k0 * STAGES_X + c * PIECES + i) * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
             bulk_copy(xs + stage * STAGE_BYTES + i * PIECE_BYTES, piece, bytes, full + stage * 8);
           }
@@ -94,6 +95,13 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
       if (i < nt) load_tile(r[i], src, lane, k0 + i + 1 == nk), src += Weight::TILE_BYTES;
+#if GROUPED  // x of nobody is multiplied in vain: of zeros that takes less power than of what lies there
+    for (int i = 0; i < STAGES * PIECES; i++)
+      for (u32 at = bytes + threadIdx.x * 16; at < PIECE_BYTES; at += WARPGROUPS * 128 * 16)
+        set_zero16(xs + i * PIECE_BYTES + at);
+    publish_async();
+    sync_some(1, WARPGROUPS * 128);
+#endif
     if (TURN != 2) await_previous_kernel();
     float acc[TOKENS / 2];
     u32 is_begun = 0;  // whether acc holds a part of this slice
@@ -112,27 +120,28 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #endif
     u32 a[2][4][4], phase = 0, now = full, free = 0;  // the barriers of this stage, and of the one before once it is read
     u32 now_x = lower_of(xs), stage = 0;
-    auto compute = [&](Weight& r) {
+    auto compute = [&](Weight& r, int d) {  // tile d of those that are unrolled
 #pragma unroll
       for (int h = 0; h < CHUNKS; h++) {
         r.prepare(h);
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // 64 inputs
-          const bool is_first = half == 0 || PIECES == 1;
+          const bool starts = PIECES == 1 || (half == 0 && (d * CHUNKS + h) % SPAN == 0);
+          const bool ends = PIECES == 1 || (half == 1 && (d * CHUNKS + h + 1) % SPAN == 0);
           r.expand(h, half * 2, a[half][0], a[half][1]);
           r.expand(h, half * 2 + 1, a[half][2], a[half][3]);
-          if (is_first) barrier_wait(now, phase);
+          if (starts) barrier_wait(now, phase);
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
           for (int j = 0; j < 4; j++) wgmma(acc, a[half][j], descriptor(now_x + j * 2), h + half + j ? 1 : is_begun);
           asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the piece before: its x and `a` are free
-          if (is_first) {
+          if (starts) {
             if (free && lane == 0) barrier_arrive(free);
             free = now + 8 * STAGES;
           }
           now_x += PIECE_BYTES / 16;
-          if (half == 1 || PIECES == 1) {
+          if (ends) {
             now += 8;
             if (++stage == STAGES) now_x -= STAGES * STAGE_BYTES / 16, now -= 8 * STAGES, stage = 0, phase ^= 1;
           }
@@ -143,7 +152,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
       for (int d = 0; d < DEPTH; d++) {
         if (i + d >= nt) break;
-        compute(r[d]);
+        compute(r[d], d);
         is_begun = 1;
         const int next = i + d + DEPTH;
         if (next < nt) load_tile(r[d], src, lane, k0 + next + 1 == nk), src += Weight::TILE_BYTES;
