@@ -67,6 +67,12 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
   if (warp >= WARPGROUPS * 4) {  // the producer: one lane works, the others' registers go to the consumers
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (warp == WARPGROUPS * 4) {
+#if GROUPED  // x of nobody is multiplied in vain: of zeros that takes less power than of what lies there
+      for (int i = 0; i < STAGES * PIECES; i++)
+        for (u32 at = bytes + lane * 16; at < PIECE_BYTES; at += 512) set_zero16(xs + i * PIECE_BYTES + at);
+      publish_async();
+      __syncwarp();
+#endif
       if (TURN != 2) await_previous_kernel();
       if (TURN == 1) start_next_kernel();
       if (lane == 0)
@@ -95,13 +101,6 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
       if (i < nt) load_tile(r[i], src, lane, k0 + i + 1 == nk), src += Weight::TILE_BYTES;
-#if GROUPED  // x of nobody is multiplied in vain: of zeros that takes less power than of what lies there
-    for (int i = 0; i < STAGES * PIECES; i++)
-      for (u32 at = bytes + threadIdx.x * 16; at < PIECE_BYTES; at += WARPGROUPS * 128 * 16)
-        set_zero16(xs + i * PIECE_BYTES + at);
-    publish_async();
-    sync_some(1, WARPGROUPS * 128);
-#endif
     if (TURN != 2) await_previous_kernel();
     float acc[TOKENS / 2];
     u32 is_begun = 0;  // whether acc holds a part of this slice

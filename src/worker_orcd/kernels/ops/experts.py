@@ -246,8 +246,9 @@ class ExpertOps:
         if unit >= MANY_ROWS and card.has_wgmma:
             if unit >= WIDE_ROWS and words <= 9:
                 return ManyTokens(unit, 4, 2, 6, plan.slices > 1)
-            fits_twice = words <= 18 and unit <= (64 if words <= 9 else 48)
-            ctas = 3 if unit <= 24 and words <= 8 else 2 if fits_twice else 1
+            if unit <= 24 and words <= 8:
+                return ManyTokens(unit, 1, 4, 4, plan.slices > 1, 4)
+            ctas = 2 if words <= 18 and unit <= (64 if words <= 9 else 48) else 1
             depth = 1 if words >= 32 else 3 if ctas == 2 and words <= 9 else 2
             return ManyTokens(unit, 2, depth, 3 if unit <= 64 else 6, plan.slices > 1, ctas)
         early = unit == 8 and words <= 18 and plan.longest_slice_tiles <= SHORT_SLICE
@@ -261,7 +262,11 @@ class ExpertOps:
         variant, plan = self._variant(matrix, unit), matrix.plan
         if found := plan.activated(variant, kind):
             return found
-        return plan.activated(replace(variant, warpgroups=2), kind) if isinstance(variant, ManyTokens) else None
+        if not isinstance(variant, ManyTokens):
+            return None
+        if variant.warpgroups == 1:
+            variant = replace(variant, depth=2, stages=3, ctas=3)
+        return plan.activated(replace(variant, warpgroups=2), kind)
 
     def combine(self, given: Part, routing: Routing) -> Tensor:
         """What the places gave → rows f32 [T, N], slot by slot in order."""
