@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
 from worker_orcd.kernels.ops.experts import ExpertOps
 from worker_orcd.kernels.ops.ops import Ops, Part
 from worker_orcd.kernels.ops.sample import banned_bits, sample
+from worker_orcd.quant import tiles
 from worker_orcd.quant.format import FORMATS
 from worker_orcd.quant.repack import pack
+from worker_orcd.quant.tiles import TILE_K
 
 FORMS = (
     (replace(SMALL, window=40), True),
@@ -59,11 +62,24 @@ class Edges:
                     assert self.ops.total([sums]).isfinite().all()
             rows = torch.tensor([n - 1, 0, n // 2], device=self.gpu.device)
             assert self.ops.embed(rows, matrix.tiles, kind, (n, k)).isfinite().all()
+        self.halves(kind)
         self.pair(kind, k)
         if self.gpu.card.has_wgmma:
             check_variants(kind, (136, 1024), 3, self.gpu)
             self.up(kind, k)
         self.experts(kind, k)
+
+    def halves(self, kind: GgmlType) -> None:
+        """Strips that end with half a tile, as a vocabulary's do."""
+        with patch.object(tiles, "MANY_ROWS", 1):
+            matrix = self.matrix(kind, self.widest, 192 if TILE_K[kind] == 128 else 256)
+        for num_rows in (1, 9, 33):
+            if num_rows <= self.most_rows:
+                image = self.ops.to_image(self.random(num_rows, matrix.shape[1]))
+                assert Linear(self.gpu)(image, num_rows, matrix).isfinite().all()
+        with patch.object(tiles, "MANY_ROWS", 1):
+            rows = torch.tensor([self.widest - 1], device=self.gpu.device)
+            assert self.ops.embed(rows, matrix.tiles, kind, matrix.shape).isfinite().all()
 
     def up(self, kind: GgmlType, k: int) -> None:
         """Products that leave activated: as a matrix, and as experts."""
