@@ -19,7 +19,7 @@ from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
 from worker_orcd.kernels.linear.plan import ManyTokens, plan_linear
-from worker_orcd.kernels.ops.experts import ExpertOps
+from worker_orcd.kernels.ops.experts import ExpertOps, Grouped
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part
 from worker_orcd.kernels.source import Source
 from worker_orcd.quant.repack import pack
@@ -136,6 +136,19 @@ def test_experts_have_the_bits_of_two_launches(
     assert one is not None
     for found in (two, one):
         assert torch.equal(rows_of(found, rows), rows_of(expected, small.places.long()))
+
+
+@pytest.mark.parametrize("unit", [24, 48])
+def test_slices_of_experts_may_lie_side_by_side(unit: int, hopper: Gpu) -> None:
+    """Where a unit has fewer rows than there are, too."""
+    experts = ExpertOps(hopper, Ops(hopper))
+    matrix, num_rows = matrix_of(hopper, MXFP4, (128, 384), 3, 5), 40
+    routing = experts.route([crowded(hopper, num_rows)], 5, 2, True, (0, unit))
+    image = experts.spread(Ops(hopper).to_image(random(hopper, num_rows, 384)), routing)
+    apart = Grouped(ManyTokens(unit, 2, 2, 3, sequential=False), 1)
+    sums = [experts.multiply(image, matrix, None, routing, how) for how in (None, apart)]
+    assert [len(part.slices) for part in sums] == [1, 3]
+    assert torch.equal(*(experts.combine(part, routing) for part in sums))
 
 
 def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -7,7 +7,7 @@ and qgemm add in the same order, and mma.sync and wgmma give equal bits (`check_
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -59,12 +59,12 @@ class TiledMatrix:
                 "and 2^31 of both multiplied"
             )
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Tiles along K."""
         return tile_grid(self.type, self.shape)[1]
 
-    @property
+    @cached_property
     def has_half(self) -> bool:
         """Whether the last of them is half a one: as the bytes of a strip say, since experts were packed together."""
         return self.tiles.shape[-1] == tiles_shape(self.type, self.shape, True)[1] and TILE_K[self.type] == 128

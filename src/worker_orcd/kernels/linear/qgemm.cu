@@ -27,6 +27,46 @@ constexpr u32 PIECE_BYTES = TOKENS * 128, STAGE_BYTES = PIECES * PIECE_BYTES;
 DEVICE u32 lower_of(u32 address) { return address / 16 | 1 << 16; }
 DEVICE u64 descriptor(u32 lower) { return (64ull | 1ull << 30) << 32 | lower; }
 
+// The barriers of a buffer: x is there, and x was read. `full` is the first of STAGES, those for `empty` lie behind them.
+DEVICE void make_barriers(u32 full) {
+  for (int i = 0; i < STAGES; i++) {
+    barrier_init(full + i * 8, 1);
+    barrier_init(full + (STAGES + i) * 8, WARPGROUPS * 4);
+  }
+  barrier_init_done();
+}
+
+// Zeros where no x is copied to, by a warp: of them a multiplication in vain takes less power than of what lies there.
+DEVICE void clear_rest(u32 xs, u32 bytes, int lane) {
+  for (int i = 0; i < STAGES * PIECES; i++)
+    for (u32 at = bytes + lane * 16; at < PIECE_BYTES; at += 512) set_zero16(xs + i * PIECE_BYTES + at);
+  publish_async();
+  __syncwarp();
+}
+
+// What the producer does: so many pieces of x, `stride` apart, of each the first `bytes`, into the buffers as they are free.
+DEVICE void fetch_x(const char* x, u64 stride, int pieces, u32 bytes, u32 full, u32 xs) {
+  for (int c = 0; c * PIECES < pieces; c++) {
+    const int stage = c % STAGES, count = min(PIECES, pieces - c * PIECES);
+    if (c >= STAGES) barrier_wait(full + (STAGES + stage) * 8, ((c / STAGES) + 1) & 1);
+    barrier_expect(full + stage * 8, count * bytes);
+    for (int i = 0; i < count; i++)
+      bulk_copy(xs + stage * STAGE_BYTES + i * PIECE_BYTES, x + (c * PIECES + i) * stride, bytes, full + stage * 8);
+  }
+}
+
+// y [..][N], rows up to `end`, from value(i), i < TOKENS / 2, the sums as wgmma leaves them in a strip's warp.
+template <class Value>
+DEVICE void store_sums(const Value& value, float* y, int strip, int N, int end) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
+#pragma unroll
+  for (int i = 0; i < TOKENS / 2; i++) {
+    const float v = value(i);
+    const int row = blockIdx.z * TOKENS + (i >> 2) * 8 + quad * 2 + (i & 1), col = strip * 16 + g + ((i >> 1) & 1) * 8;
+    if (row < end && col < N) y[(u64)row * N + col] = v;
+  }
+}
+
 // w, x: as in qmm.cu; y: [slices][T][N], or [T][N] with SEQUENTIAL
 extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, CTAS)
 qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8,
@@ -41,7 +81,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
   extern __shared__ __align__(1024) char shared[];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), z = blockIdx.z;
   const int slice = blockIdx.y, k0 = nk * slice / gridDim.y, nt = nk * (slice + 1) / gridDim.y - k0;
-  const u32 full = shared_address(shared), empty = full + 8 * STAGES, xs = (full + 1024 + 1023) & ~1023u;
+  const u32 full = shared_address(shared), xs = (full + 1024 + 1023) & ~1023u;
 #if GROUPED
   const int owner = fresh(owners + z);
   if (owner < 0) {
@@ -50,42 +90,23 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
   }
   w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
   const int rows = fresh(filled + z);
-  const u32 bytes = (rows + 7) / 8 * GROUP_BYTES;  // of a piece
-  T = min(T, z * TOKENS + rows);
+  const u32 bytes = (rows + 7) / 8 * GROUP_BYTES;  // of a piece; x of nobody is not fetched
+  const int end = min(T, z * TOKENS + rows);
 #else
   const u32 bytes = PIECE_BYTES;
+  const int end = T;  // of the rows that are stored
 #endif
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + i * 8, 1);
-      barrier_init(empty + i * 8, WARPGROUPS * 4);
-    }
-    barrier_init_done();
-  }
+  if (threadIdx.x == 0) make_barriers(full);
   __syncthreads();
   if (TURN != 1) start_next_kernel();
   if (warp >= WARPGROUPS * 4) {  // the producer: one lane works, the others' registers go to the consumers
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (warp == WARPGROUPS * 4) {
-#if GROUPED  // x of nobody is multiplied in vain: of zeros that takes less power than of what lies there
-      for (int i = 0; i < STAGES * PIECES; i++)
-        for (u32 at = bytes + lane * 16; at < PIECE_BYTES; at += 512) set_zero16(xs + i * PIECE_BYTES + at);
-      publish_async();
-      __syncwarp();
-#endif
+      if (bytes < PIECE_BYTES) clear_rest(xs, bytes, lane);
       if (TURN != 2) await_previous_kernel();
       if (TURN == 1) start_next_kernel();
-      if (lane == 0)
-        for (int c = 0; c * PIECES < nt * STAGES_X; c++) {
-          int stage = c % STAGES;
-          if (c >= STAGES) barrier_wait(empty + stage * 8, ((c / STAGES) + 1) & 1);
-          const int count = min(PIECES, nt * STAGES_X - c * PIECES);
-          barrier_expect(full + stage * 8, count * bytes);
-          for (int i = 0; i < count; i++) {
-            const char* piece = x + ((u64)(k0 * STAGES_X + c * PIECES + i) * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
-            bulk_copy(xs + stage * STAGE_BYTES + i * PIECE_BYTES, piece, bytes, full + stage * 8);
-          }
-        }
+      x += ((u64)k0 * STAGES_X * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
+      if (lane == 0) fetch_x(x, (u64)T8 * GROUP_BYTES, nt * STAGES_X, bytes, full, xs);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
@@ -177,19 +198,12 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #if GROUPED
     bias = bias ? bias + (u64)owner * N : bias;
 #endif
-    store_activated(sums - threadIdx.x, (u32*)y, bias, N / 2, T, T8);
+    store_activated(sums - threadIdx.x, (u32*)y, bias, N / 2, end, T8);
 #else
-    const int g = lane >> 2, quad = lane & 3;
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) {
-#if SEQUENTIAL
-      float v = added(i);
-#else
-      float v = acc[i] * Weight::SCALE;
+#if !SEQUENTIAL
+    auto added = [&](int i) { return acc[i] * Weight::SCALE; };
 #endif
-      int row = z * TOKENS + (i >> 2) * 8 + quad * 2 + (i & 1), col = strip * 16 + g + ((i >> 1) & 1) * 8;
-      if (row < T && col < N) y[((u64)slice * T + row) * N + col] = v;
-    }
+    store_sums(added, y + (u64)slice * T * N, strip, N, end);
 #endif
   }
   if (TURN == 2) await_previous_kernel();
