@@ -67,6 +67,7 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         )
         engine = EngineClient(link, facts, config.max_queue, metrics)
         engine.on_inspected = partial(_tell_of_memory, narrator)
+        engine.on_warned = partial(_warn, narrator, "step")
         app = create_app(engine, texts.tokenizer, texts.chat_template, config, narrator, metrics)
         sys.setswitchinterval(SWITCH_S)
         sys.set_int_max_str_digits(MAX_DIGITS)
@@ -117,8 +118,12 @@ def _load_model(
         load_ms=round((time.monotonic() - began) * 1e3),
     )
     for warning in facts.warnings:
-        narrator.narrate("error", warning, level="warn", component="engine", action="start", reason=warning)
+        _warn(narrator, "start", warning)
     return facts
+
+
+def _warn(narrator: Narrator, action: str, warning: str) -> None:
+    narrator.narrate("error", warning, level="warn", component="engine", action=action, reason=warning)
 
 
 def _tell_of_memory(narrator: Narrator, problem: str) -> None:

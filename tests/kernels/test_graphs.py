@@ -260,4 +260,6 @@ def test_what_cannot_be_recorded_is_launched(error: Exception, runtime: Runtime)
     graphs, wanted = Graphs(runtime, CONTEXT, refuse), requests(3)
     assert answers(runtime, graphs, wanted) == answers(runtime, None, wanted)
     assert graphs.refusal.startswith("a step of 4 sequences could not be recorded: ")
+    assert PlainStep(runtime, Sampler([], runtime.device), graphs).warning == graphs.refusal
+    assert not PlainStep(runtime, Sampler([], runtime.device)).warning
     assert "more" not in graphs.refusal

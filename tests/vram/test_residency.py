@@ -17,7 +17,7 @@ from tests.engine.test_client import Rig
 from worker_orcd.backends.base import Rope
 from worker_orcd.backends.batch import LayerKV
 from worker_orcd.engine import loop
-from worker_orcd.engine.loop import Close, Command, Inspected, Message, Submit, run_loop
+from worker_orcd.engine.loop import Close, Command, Inspected, Message, Report, Submit, run_loop
 from worker_orcd.engine.process import _encoder, _message_decoder
 from worker_orcd.errors import CudaError
 from worker_orcd.vram import residency
@@ -130,6 +130,26 @@ def test_without_an_inspector_an_idle_engine_sleeps() -> None:
     waits: list[float | None] = []
     run_loop(scripted.Rig().core, lambda wait_s: waits.append(wait_s) or [Close()], lambda _: None)
     assert waits == [None]
+
+
+class Slowing(scripted.ScriptedStep):
+    """Warns from its third launch on."""
+
+    @property
+    def warning(self) -> str:
+        return "steps are launched one by one" if len(self.plans) > 2 else ""
+
+
+def test_a_step_that_begins_to_warn_is_heard_once() -> None:
+    rig, told, sent = Rig(), list[str](), list[Message]()
+    commands: Iterator[list[Command]] = iter([[Submit(1, request(max_tokens=6))], *([[]] * 8), [Close()]])
+    run_loop(scripted.Rig(Slowing()).core, lambda _: next(commands), sent.append)
+    rig.client.on_warned = told.append
+    for message in sent:
+        if not isinstance(message, Report):
+            rig.client._receive(_message_decoder.decode(_encoder.encode(message)))
+    assert told == ["steps are launched one by one"]
+    assert rig.client.status().healthy
 
 
 def test_health_follows_what_the_inspector_says() -> None:

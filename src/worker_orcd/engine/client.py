@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
-from worker_orcd.engine.loop import Broken, Cancel, Command, EngineFacts, Inspected, Message, Submit
+from worker_orcd.engine.loop import Broken, Cancel, Command, EngineFacts, Inspected, Message, Submit, Warned
 from worker_orcd.engine.metrics import MetricsHook
 from worker_orcd.engine.request import (
     EngineStatus,
@@ -121,6 +121,7 @@ class EngineClient:
         self._drift = ""
         self._misplaced = ""  # where a tensor lies that should lie in VRAM
         self.on_inspected: Callable[[str], None] = lambda _: None  # called when that changes
+        self.on_warned: Callable[[str], None] = lambda _: None  # called when steps no longer go as they should
         self._failure: WorkerError | None = None
 
     # ------------------------------------------------------------------ the edge's side
@@ -243,6 +244,9 @@ class EngineClient:
         if isinstance(message, Inspected):
             self._misplaced = message.problem
             self.on_inspected(message.problem)
+            return
+        if isinstance(message, Warned):
+            self.on_warned(message.warning)
             return
         output = message.output
         self._stalled_s = 0.0

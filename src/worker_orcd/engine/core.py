@@ -138,6 +138,11 @@ class EngineCore:
         used = self._step.usage()[0]
         return f"{used} blocks of the KV cache are lost: nobody runs" if used else ""
 
+    @property
+    def warning(self) -> str:
+        """As InferenceStep has it."""
+        return self._step.warning
+
     def tick(self) -> Output:
         """One turn. Raises CudaError when the device is lost, and then nothing can be computed any more."""
         began = self._clock()

@@ -83,7 +83,13 @@ class Inspected(msgspec.Struct, frozen=True, tag=True):
     problem: str
 
 
-Message = Report | Broken | Inspected
+class Warned(msgspec.Struct, frozen=True, tag=True):
+    """Since it was ready, something no longer goes as it should; answers are the same."""
+
+    warning: str
+
+
+Message = Report | Broken | Inspected | Warned
 
 
 def run_loop(
@@ -96,7 +102,7 @@ def run_loop(
 
     `receive` returns what has come in; it waits for something up to so many seconds, with None for ever.
     """
-    is_checked = True
+    is_checked, warning = True, core.warning
     inspector = None if inspect is None else _Inspector(inspect)
     try:
         while True:
@@ -114,6 +120,9 @@ def run_loop(
             if core.has_work:
                 send(Report(core.tick()))
                 is_checked = False
+                if core.warning != warning:
+                    warning = core.warning
+                    send(Warned(warning))
             elif not is_checked and not commands:
                 is_checked = True
                 send(Report(Output([], None, core.check())))

@@ -45,6 +45,11 @@ class PlainStep(CachedStep):
         self._last_sampled: Tensor | None = None  # i64 [R] of the step before, on the device
         self.overlaps = runtime.device.type == "cuda"
 
+    @property
+    def warning(self) -> str:
+        """Why steps are launched one by one that were to be recorded."""
+        return self._graphs.refusal if self._graphs else ""
+
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         with device_errors():

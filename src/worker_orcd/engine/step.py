@@ -44,6 +44,11 @@ class InferenceStep(Protocol):
     block_size: int  # tokens a block of the cache holds
     num_blocks: int
 
+    @property
+    def warning(self) -> str:
+        """What does not go as it should, and does no harm to answers; empty when all is well."""
+        ...
+
     def available(self) -> int:
         """Blocks that can be had."""
         ...
@@ -94,6 +99,10 @@ class CachedStep:
     def __init__(self, allocator: KVCacheAllocator) -> None:
         self.allocator = allocator
         self.block_size, self.num_blocks = allocator.block_size, allocator.num_blocks
+
+    @property
+    def warning(self) -> str:
+        return ""
 
     def available(self) -> int:
         return self.allocator.available()
