@@ -7,7 +7,8 @@
 // CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
-// HALF_END: see weight.cuh. With SECOND, another format, and its SECOND_DEPTH there is `qmm_pair` instead: two matrices times the same x.
+// HALF_END: see weight.cuh. With SECOND, another format, and its SECOND_DEPTH there is `qmm_pair` instead: two matrices
+// times the same x.
 #include "async.cuh"
 #include "weight.cuh"
 

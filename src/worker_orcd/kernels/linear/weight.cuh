@@ -1,8 +1,9 @@
 // Weight: the decoder of the format this file is compiled for (-DFORMAT=Q4_K ...).
 //
-// A decoder holds one tile of 16 rows as stored, 32 lanes together: `load` fetches it (lane 4 g + quad: rows g and g + 8,
-// inputs 32 quad to 32 quad + 31 of each 128), `prepare(chunk)` works out the scales of one 128-wide chunk, `expand(chunk, pair, even, odd)` gives the
-// bf16 operands of MMAs 2 pair and 2 pair + 1 of that chunk, 0 <= pair < 4. The layout is defined in quant/repack_bits.
+// A decoder holds one tile of 16 rows as stored, 32 lanes together: `load` fetches it, or with `half` 1 half a tile (lane
+// 4 g + quad: rows g and g + 8, inputs 32 quad to 32 quad + 31 of each 128), `prepare(chunk)` works out the scales of one
+// 128-wide chunk, `expand(chunk, pair, even, odd)` gives the bf16 operands of MMAs 2 pair and 2 pair + 1 of that chunk,
+// 0 <= pair < 4. The layout is defined in quant/repack_bits.
 //
 // Integers need no conversion: bf16 with exponent field 0 or 1 is evenly spaced, so the bits v < 256 read as bf16 mean
 // v 2^-133, exactly. One fma(bits, scale 2^117, offset 2^-16) gives the weight times 2^-16, rounded once; sums are
