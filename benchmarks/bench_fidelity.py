@@ -65,7 +65,7 @@ PIECE_ROWS = 16  # of logits compared at once
 class Reference(TorchBackend):
     """Keeps weights as the file stores them, and widens a matrix when it is used."""
 
-    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
+    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> PackedWeight:  # noqa: ARG002
         return PackedWeight(type, shape, (raw.view(shape[0], -1),))
 
     def embed(self, tokens: Tensor, table: PackedWeight, sampled: Tensor | None = None) -> Tensor:

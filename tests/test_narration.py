@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker_orcd.narration import EVENTS, LEVELS, BackgroundSink, Capture, Level, Narrator, clean
+from worker_orcd.worker import _warn
 
 
 def make(level: Level = "info") -> tuple[Narrator, Capture]:
@@ -172,3 +173,11 @@ def test_a_pipe_whose_reader_left_costs_nothing() -> None:
     sink.close(5)
     assert not sink._thread.is_alive()
     os.close(write_fd)
+
+
+def test_what_the_engine_warns_of_is_a_line() -> None:
+    narrator, sink = make("warn")
+    _warn(narrator, "step", "steps are launched one by one")
+    record = json.loads(sink.text)
+    assert (record["level"], record["action"]) == ("WARN", "step")
+    assert record["reason"] == "steps are launched one by one"

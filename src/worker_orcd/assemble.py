@@ -342,7 +342,7 @@ def build_core(
     memory, warning = _memory(runtime, blueprint.plan.nbytes("workspace", "cuda_graphs"))
     vram_bytes = sum(memory.values()) if device.type == "cuda" else 0
     blocks = runtime.allocator.num_blocks, runtime.allocator.block_size
-    warnings = [text for text in (graphs and graphs.refusal, warning) if text]
+    warnings = [text for text in (step.warning, warning) if text]
     return core, EngineFacts(info, *blocks, config.max_batch, vram_bytes, slowest_s, warnings, memory)
 
 

@@ -23,7 +23,7 @@ from worker_orcd.kernels.linear.plan import MAX_DIMENSION, plan_linear
 from worker_orcd.kernels.ops.experts import ExpertOps
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.kernels.ops.sample import sample
-from worker_orcd.quant.tiles import tiles_shape
+from worker_orcd.quant.tiles import packed_shape
 
 Q8, META = GgmlType.Q8_0, torch.device("meta")  # memory of another device
 Call = Callable[[], object]
@@ -60,7 +60,7 @@ def shifted(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def tiles(n: int, k: int, device: torch.device = GPU.device) -> Tensor:
-    return zeros(*tiles_shape(Q8, (n, k)), dtype=torch.uint8, device=device)
+    return zeros(*packed_shape(Q8, (n, k)), dtype=torch.uint8, device=device)
 
 
 def matrix(**changes: Any) -> TiledMatrix:

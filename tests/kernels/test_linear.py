@@ -25,7 +25,7 @@ from worker_orcd.quant.repack import pack
 from worker_orcd.quant.tiles import TILE_K
 
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
-WITH_HALVES = [kind for kind in FORMATS if TILE_K[kind] == 128 and kind is not GgmlType.MXFP4]
+WITH_HALVES = [kind for kind in FORMATS if TILE_K[kind] == 128]
 SOME_T = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 299)
 FEW_T = (1, 8)  # emulated: another variant than the 20 rows of the whole
 

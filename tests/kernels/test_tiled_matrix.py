@@ -33,6 +33,7 @@ def test_right_ones_are_taken() -> None:
         (lambda: tiles(4, 4608), (48, 512), r"must be u8 \(3, 4608\)"),
         (lambda: tiles(4, 4608), (50, 768), r"must be u8 \(4, 6912\)"),
         (lambda: tiles(4, 4607), (50, 512), r"must be u8 \(4, 4608\)"),
+        (lambda: tiles(4, 3456), (50, 512), r"must be u8 \(4, 4608\)"),  # Q4_K has no halves
         (lambda: tiles(4, 4608).char(), (50, 512), "not torch.int8"),
         (lambda: tiles(4, 9216)[..., ::2], (50, 512), "contiguous and aligned"),
         (lambda: tiles(4 * 4608 + 1)[1:].view(4, 4608), (50, 512), "aligned to 16 bytes"),
@@ -41,6 +42,13 @@ def test_right_ones_are_taken() -> None:
 def test_wrong_ones_are_refused(wrong: object, shape: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiled(wrong(), K, shape)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("k", [128, 224])
+def test_half_a_tile_is_refused_where_more_is_needed(k: int) -> None:
+    whole = -(-k // 128) * 1152
+    with pytest.raises(ValueError, match=rf"must be u8 \(1, {whole}\)"):
+        tiled(tiles(1, whole - 576), GgmlType.Q4_0, (16, k))
 
 
 def test_a_plan_must_be_of_the_matrix() -> None:

@@ -174,8 +174,11 @@ class Backend(Protocol):
         """Whether steps never wait for the device, so that they can be recorded as a CUDA graph."""
         ...
 
-    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
-        """GGUF bytes of one matrix (u8, on the device) → the backend's own form. Takes ownership of `raw`."""
+    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> PackedWeight:
+        """GGUF bytes of one matrix (u8, on the device) → the backend's own form. Takes ownership of `raw`.
+
+        Its rows may be those of `count` matrices, one under the other.
+        """
         ...
 
     def join(self, weights: Sequence[PackedWeight], count: int = 1) -> PackedWeight | None:

@@ -73,13 +73,15 @@ class CudaBackend:
     def can_record(self, head_dim: int) -> bool:
         return takes(head_dim)
 
-    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> base.PackedWeight:
+    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> base.PackedWeight:
         """Move the bits into tiles, on the device. Raises InsufficientVram, and ModelLoadFailed for absurd scales."""
         check_scales(raw, type)
         try:
-            tiles = pack(raw, type, shape)
+            tiles = pack(raw, type, shape, count)
         except torch.OutOfMemoryError as error:
-            raise InsufficientVram(f"{packed_bytes(type, shape)} bytes for one matrix on {self.device}") from error
+            raise InsufficientVram(
+                f"{packed_bytes(type, shape, count)} bytes for one matrix on {self.device}"
+            ) from error
         return self._weight(tiles, type, shape)
 
     def _weight(self, tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:

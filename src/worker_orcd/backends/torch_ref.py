@@ -69,7 +69,7 @@ class TorchBackend:
     def can_record(self, head_dim: int) -> bool:  # noqa: ARG002
         return False
 
-    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> PackedWeight:
+    def pack(self, raw: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> PackedWeight:  # noqa: ARG002
         """Dequantize to float32 [N, K]. Raises InsufficientVram when the device has no room for it."""
         try:
             matrix = dequantize(raw, type).view(shape)

@@ -52,7 +52,8 @@ def load_weights(
         for info, raw in stored:
             shape = table[info.name]
             if info.name.endswith(".weight") and len(shape) > 1:  # of experts: one matrix under the other
-                weights.matrices[info.name] = backend.pack(raw, info.type, (prod(shape[:-1]), shape[-1]))
+                rows, count = prod(shape[:-1]), prod(shape[:-2])
+                weights.matrices[info.name] = backend.pack(raw, info.type, (rows, shape[-1]), count)
             else:
                 blocks = raw.view(-1, info.type.block_bytes)
                 weights.vectors[info.name] = format_of(info.type).dequantize(blocks).flatten()

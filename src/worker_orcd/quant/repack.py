@@ -15,7 +15,7 @@ from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.quant.bits import halves
 from worker_orcd.quant.repack_bits import bit_sources
-from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, ends_with_half, tile_bytes, tile_grid, tiles_shape
+from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, packed_shape, tile_bytes, tile_grid
 
 LARGEST_SCALE = 1024.0  # scale · 2^117 must be a bf16 number
 LARGEST_EXPONENT = 144  # of MXFP4: E + 110 must be an exponent of bf16
@@ -26,17 +26,20 @@ SCALE_PLACES = {  # byte of d in a block, the largest number it is multiplied by
 PIECE_BYTES = 2**23  # packed at once; the bits of a piece take eight bytes each
 
 
-def pack(raw: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
-    """Stored blocks of a matrix [N, K], u8 [n] → its tiles, u8 [strips, bytes of a strip]."""
+def pack(raw: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> Tensor:
+    """Stored blocks of a matrix [N, K], u8 [n] → its tiles, u8 [strips, bytes of a strip].
+
+    It may be `count` matrices one under the other.
+    """
     source, _ = _tables(type, raw.device)
     (strips, depth), size = tile_grid(type, shape), tile_bytes(type)
-    tiles = torch.empty(tiles_shape(type, shape), dtype=torch.uint8, device=raw.device)
+    tiles = torch.empty(packed_shape(type, shape, count), dtype=torch.uint8, device=raw.device)
     rows = raw.view(shape[0], -1)
     step = max(1, PIECE_BYTES // (depth * size))
     for start in range(0, strips, step):
         blocks = _pad(rows[start * TILE_ROWS : (start + step) * TILE_ROWS], type, depth)
         whole = _flip_signs(_move_bits(blocks, source).view(-1, depth, size), type).flatten(1)
-        if ends_with_half(type, shape):
+        if whole.shape[1] > tiles.shape[1]:
             last = (depth - 1) * size
             whole = torch.cat([whole[:, :last], whole[:, last + _half_bytes(type, raw.device)]], 1)
         tiles[start : start + step] = whole
@@ -64,7 +67,7 @@ def unpack(tiles: Tensor, type: GgmlType, shape: tuple[int, int]) -> Tensor:
     step = max(1, PIECE_BYTES // (depth * size))
     for start in range(0, strips, step):
         part = tiles[start : start + step].clone()
-        if ends_with_half(type, shape):
+        if part.shape[1] < depth * size:
             last = (depth - 1) * size
             whole = part.new_zeros(len(part), depth * size)
             whole[:, :last] = part[:, :last]

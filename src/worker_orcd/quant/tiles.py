@@ -8,6 +8,7 @@ do not fill a tile are padded with zero bytes. A vocabulary's strips end with ha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from types import MappingProxyType
 
 from worker_orcd.gguf.types import GgmlType
@@ -43,24 +44,31 @@ def tile_grid(type: GgmlType, shape: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // TILE_ROWS), -(-shape[1] // TILE_K[type])
 
 
-def ends_with_half(type: GgmlType, shape: tuple[int, int]) -> bool:
-    """Whether the last tile of each strip of a matrix [N, K] is half a one, for at most 64 inputs of 128.
+def fits_half(type: GgmlType, k: int) -> bool:
+    """Whether half a tile is enough at the end of a strip of `k` inputs: for at most 64 of 128."""
+    return TILE_K[type] == 128 and 0 < k % 128 <= 64
 
-    So for matrices of MANY_ROWS, which are read once a step, or a row of them: the others would lose more time than
-    memory is saved, and MXFP4's experts, matrices of many rows together, the most.
+
+def ends_with_half(type: GgmlType, shape: tuple[int, int], count: int = 1) -> bool:
+    """Whether the strips of a matrix [N, K], or of `count` matrices one under the other, end with half a tile.
+
+    So for matrices of MANY_ROWS, vocabularies, which are read once a step: the others, experts most of all, would
+    lose more time than memory is saved.
     """
-    is_table = shape[0] >= MANY_ROWS and type is not GgmlType.MXFP4
-    return is_table and TILE_K[type] == 128 and 0 < shape[1] % 128 <= 64
+    return shape[0] // count >= MANY_ROWS and fits_half(type, shape[1])
 
 
-def tiles_shape(type: GgmlType, shape: tuple[int, int], has_half: bool | None = None) -> tuple[int, int]:
-    """Strips of a matrix [N, K], and the bytes of each, padding included; `has_half`: other than as it is packed."""
-    strips, depth = tile_grid(type, shape)
-    has_half = ends_with_half(type, shape) if has_half is None else has_half
-    return strips, depth * tile_bytes(type) - (tile_bytes(type) // 2 if has_half else 0)
+def strip_bytes(type: GgmlType, k: int, has_half: bool) -> int:
+    """Of 16 rows of `k` inputs, padding included."""
+    size = tile_bytes(type)
+    return -(-k // TILE_K[type]) * size - (size // 2 if has_half else 0)
 
 
-def packed_bytes(type: GgmlType, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix [N, K] in tiles, padding included."""
-    strips, strip_bytes = tiles_shape(type, shape)
-    return strips * strip_bytes
+def packed_shape(type: GgmlType, shape: tuple[int, int], count: int = 1) -> tuple[int, int]:
+    """Strips of a matrix [N, K], or of `count` one under the other, and the bytes of each."""
+    return tile_grid(type, shape)[0], strip_bytes(type, shape[1], ends_with_half(type, shape, count))
+
+
+def packed_bytes(type: GgmlType, shape: tuple[int, int], count: int = 1) -> int:
+    """Bytes of as much in tiles, padding included."""
+    return prod(packed_shape(type, shape, count))

@@ -132,7 +132,7 @@ def plan_cuda(
 ) -> Plan:
     """What CudaBackend will hold."""
     matrices = _matrices(tensors, shapes)
-    tiles = sum(packed_bytes(*matrix) for matrix in matrices.values())
+    tiles = sum(packed_bytes(*matrix, prod(shapes[name][:-2])) for name, matrix in matrices.items())
     vectors = F32 * sum(prod(shape) for name, shape in shapes.items() if name not in matrices)
     detail = f"{len(matrices)} matrices in their own bits, and {vectors:,} bytes of vectors in float32"
     graphs = graph_bytes(dims, matrices) if has_graphs else 0

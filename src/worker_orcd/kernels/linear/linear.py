@@ -19,7 +19,7 @@ from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair, ring
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import TILE_K, TILE_ROWS, tile_grid, tiles_shape
+from worker_orcd.quant.tiles import TILE_ROWS, fits_half, packed_shape, strip_bytes, tile_grid
 
 MAX_ROWS = 2**15  # of x in a call; a grid has at most 65,535 rows of blocks
 MAX_SLICES = 65_535  # a grid's second axis
@@ -38,8 +38,8 @@ class TiledMatrix:
     count: int = 1
 
     def __post_init__(self) -> None:
-        strips, strip_bytes = tiles_shape(self.type, self.shape, self.has_half)
-        expected = (strips * self.count, strip_bytes)
+        strips = tile_grid(self.type, self.shape)[0] * self.count
+        expected = strips, strip_bytes(self.type, self.shape[1], self.has_half)
         if tuple(self.tiles.shape) != expected or self.tiles.dtype != torch.uint8:
             raise ValueError(
                 f"tiles of {self.type.name} {self.shape} must be u8 {expected}, "
@@ -66,8 +66,9 @@ class TiledMatrix:
 
     @cached_property
     def has_half(self) -> bool:
-        """Whether the last of them is half a one: as the bytes of a strip say, since experts were packed together."""
-        return self.tiles.shape[-1] == tiles_shape(self.type, self.shape, True)[1] and TILE_K[self.type] == 128
+        """Whether the last of them is half a one, as the bytes say: it may have been packed with others."""
+        k = self.shape[1]
+        return fits_half(self.type, k) and self.tiles.shape[-1] == strip_bytes(self.type, k, has_half=True)
 
 
 def tiled(tiles: Tensor, type: GgmlType, shape: tuple[int, int], count: int = 1) -> TiledMatrix:
@@ -258,8 +259,8 @@ def check_equal_bits(linear: Linear, ops: Ops, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
     kind, shape = GgmlType.BF16, (128, 4096)
     x = torch.randn(33, shape[1], device=device, generator=generator)
-    strips, strip_bytes = tiles_shape(kind, shape)
-    numbers = torch.randn(strips, strip_bytes // 2, device=device, generator=generator)
+    strips, size = packed_shape(kind, shape)
+    numbers = torch.randn(strips, size // 2, device=device, generator=generator)
     matrix = tiled(numbers.bfloat16().view(torch.uint8), kind, shape)
 
     def product(rows: Tensor) -> Tensor:

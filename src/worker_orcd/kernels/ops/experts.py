@@ -206,7 +206,7 @@ class ExpertOps:
     ) -> None:  # fmt: skip
         (n, _), (variant, blocks) = matrix.shape, how
         slices, units, share = matrix.plan.slices, len(region.owners), region.unit // (8 * variant.groups)
-        source, name = kernel_of(matrix.type, variant, matrix.has_half, True, turn)
+        source, name = kernel_of(matrix.type, variant, matrix.has_half, grouped=True, turn=turn)
         groups = operands[0].stride(0) // (8 * 64)  # of the whole image; sums are whole where there are two regions
         args: list[Argument] = [matrix.tiles, *operands, n, matrix.depth, region.num_places, groups]
         shared = matrix.plan.shared_bytes(variant)
@@ -230,7 +230,7 @@ class ExpertOps:
         for unit, turn in coming:
             found = self._activated(matrix, unit, kind) if kind else None
             variant = found or self._variant(matrix, unit)
-            self._gpu.compile_ahead(kernel_of(matrix.type, variant, matrix.has_half, True, turn)[0])
+            self._gpu.compile_ahead(kernel_of(matrix.type, variant, matrix.has_half, grouped=True, turn=turn)[0])
 
     def _choose(self, matrix: TiledMatrix, unit: int, routing: Routing) -> Grouped:
         self._begin(matrix)
@@ -241,13 +241,15 @@ class ExpertOps:
         per_warp = min(MOST_STRIPS, max(1, round(busy * strips * matrix.plan.slices / (WAVES * WARPS))))
         return Grouped(variant, -(-strips // (variant.warps * per_warp)))
 
-    def _variant(self, matrix: TiledMatrix, unit: int) -> Variant:
+    def _variant(self, matrix: TiledMatrix, unit: int, is_even: bool = False) -> Variant:
+        """`is_even`: with an even number of warpgroups, where an activation may follow."""
         card, plan, words = self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
         if unit >= MANY_ROWS and card.has_wgmma:
             if unit >= WIDE_ROWS and words <= 9:
                 return ManyTokens(unit, 4, 2, 6, plan.slices > 1)
             if unit <= 24 and words <= 8:
-                return ManyTokens(unit, 1, 4, 4, plan.slices > 1, 4)
+                warpgroups, depth, stages, ctas = (2, 2, 3, 3) if is_even else (1, 4, 4, 4)
+                return ManyTokens(unit, warpgroups, depth, stages, plan.slices > 1, ctas)
             ctas = 2 if words <= 18 and unit <= (64 if words <= 9 else 48) else 1
             depth = 1 if words >= 32 else 3 if ctas == 2 and words <= 9 else 2
             return ManyTokens(unit, 2, depth, 3 if unit <= 64 else 6, plan.slices > 1, ctas)
@@ -259,14 +261,10 @@ class ExpertOps:
 
     def _activated(self, matrix: TiledMatrix, unit: int, kind: str) -> ManyTokens | None:
         """The variant with an activation, by whose blocks gate and up must divide: wide ones do so less often."""
-        variant, plan = self._variant(matrix, unit), matrix.plan
+        variant, plan = self._variant(matrix, unit, is_even=True), matrix.plan
         if found := plan.activated(variant, kind):
             return found
-        if not isinstance(variant, ManyTokens):
-            return None
-        if variant.warpgroups == 1:
-            variant = replace(variant, depth=2, stages=3, ctas=3)
-        return plan.activated(replace(variant, warpgroups=2), kind)
+        return plan.activated(replace(variant, warpgroups=2), kind) if isinstance(variant, ManyTokens) else None
 
     def combine(self, given: Part, routing: Routing) -> Tensor:
         """What the places gave → rows f32 [T, N], slot by slot in order."""

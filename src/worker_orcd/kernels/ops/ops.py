@@ -19,7 +19,7 @@ from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import MAX_DIMENSION
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import TILE_K, ends_with_half, tile_bytes, tiles_shape
+from worker_orcd.quant.tiles import TILE_K, ends_with_half, packed_shape, tile_bytes
 
 MAX_GRID_Y = 65_535
 MAX_PARTS = 3
@@ -160,7 +160,7 @@ class Ops:
 
         A token -1 - r is that of `sampled` i64 [r].
         """
-        width, expected = shape[1], tiles_shape(type, shape)
+        width, expected = shape[1], packed_shape(type, shape)
         self._gpu.require(tiles, dtype=torch.uint8)
         self._gpu.require(tokens, dtype=torch.int64)
         if tuple(tiles.shape) != expected:
