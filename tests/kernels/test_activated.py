@@ -168,15 +168,17 @@ def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_first_of_two_launches_is_for_large_units(
     sizes: tuple[int, int], turns: list[int], hopper: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which of them waits for what is a matter of TURN; an emulated GPU would not notice."""
-    experts, launched = ExpertOps(hopper, Ops(hopper)), list[tuple[str, ...]]()
+    """Which of them waits for what is a matter of `turn`; an emulated GPU would not notice."""
+    experts, launched = ExpertOps(hopper, Ops(hopper)), list[tuple[tuple[str, ...], Argument]]()
     routing = experts.route([crowded(hopper, 70)], 5, 2, True, sizes)
     matrix = matrix_of(hopper, MXFP4, (128, 128), 1, 5)
     image = experts.spread(Ops(hopper).to_image(random(hopper, 70, 128)), routing)
-    monkeypatch.setattr(hopper, "launch", lambda source, *_: launched.append(source.options))
+    monkeypatch.setattr(hopper, "launch", lambda source, *more: launched.append((source.options, more[-1][8])))
     experts.multiply(image, matrix, None, routing)
-    for options, turn, tokens in zip(launched, turns, sorted(filter(None, sizes), reverse=True), strict=True):
-        assert {f"-DTURN={turn}", f"-DTOKENS={tokens}"} <= set(options)
+    units = sorted(filter(None, sizes), reverse=True)
+    for (options, given), turn, tokens in zip(launched, turns, units, strict=True):
+        assert f"-DTOKENS={tokens}" in options
+        assert given == turn
 
 
 def test_a_backend_takes_one_launch_where_it_can(hopper: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

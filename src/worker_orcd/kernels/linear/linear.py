@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,7 +17,16 @@ from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
-from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair, ring
+from worker_orcd.kernels.linear.plan import (
+    FewTokens,
+    LinearPlan,
+    ManyTokens,
+    Variant,
+    even_share,
+    plan_linear,
+    plan_pair,
+    ring,
+)
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import TILE_ROWS, fits_half, packed_shape, strip_bytes, tile_grid
@@ -183,12 +193,13 @@ class Linear:
         args: list[Argument] = [matrix.tiles, image, out, n, depth, num_rows, image.shape[1]]
         if isinstance(variant, FewTokens):
             most = max(1, variant.ctas * self._gpu.num_sms // (slices * turns))
-            blocks = min(most, -(-matrix.tiles.shape[0] // variant.warps))
-            self._gpu.launch(source, name, Work((blocks, slices, turns), variant.warps * 32, shared), args)
+            grid = min(most, -(-matrix.tiles.shape[0] // variant.warps)), slices, turns
+            shared = max(shared, even_share(prod(grid), self._gpu.num_sms, self._gpu.card))
+            self._gpu.launch(source, name, Work(grid, variant.warps * 32, shared), args)
         else:
-            grid = (-(-n // (64 * variant.warpgroups)), 1 if variant.sequential else slices, turns)
+            grid = -(-n // (64 * variant.warpgroups)), 1 if variant.sequential else slices, turns
             work = Work(grid, variant.warpgroups * 128 + 128, shared)
-            self._gpu.launch(source, name, work, [*args, slices, *more])
+            self._gpu.launch(source, name, work, [*args, slices, 0, *more])
 
     def _check(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> None:
         shape = image_shape(num_rows, matrix.shape[1])
@@ -206,10 +217,8 @@ def consumer_registers(variant: ManyTokens) -> int:
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(
-    type: GgmlType, variant: Variant, has_half: bool = False, grouped: bool = False, turn: int = 0
-) -> tuple[Source, str]:
-    """The source of a variant for a format, and the name of its function; `turn` is TURN of qgemm.cu."""
+def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped: bool = False) -> tuple[Source, str]:
+    """The source of a variant for a format, and the name of its function."""
     if isinstance(variant, ManyTokens):
         pieces, buffers = ring(type, variant)
         options = defined(
@@ -224,7 +233,6 @@ def kernel_of(
             SHARED_SUMS=int(variant.has_shared_sums),
             CTAS=variant.ctas,
             GROUPED=int(grouped),
-            TURN=turn,
             CONSUMER_REGISTERS=consumer_registers(variant),
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         )

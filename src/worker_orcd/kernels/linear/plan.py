@@ -25,6 +25,8 @@ DEEP_SLICE = 8  # tiles; half the warps then fetch twice as far ahead
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 224 * 1024  # bytes, of which blocks of a wide matrix take a part each
+BLOCK_RESERVE = 1024  # bytes of shared memory that each block takes beyond its own
+MOST_SHARED = 8  # blocks of a multiprocessor, beyond which no care is taken that all have as many
 SAMPLE_TOKENS = (1, 16, *(2**i for i in range(5, 16)))  # numbers of tokens that meet every variant of a plan
 
 
@@ -167,6 +169,8 @@ class LinearPlan:
         if tokens == 64 and words < 32:
             return self._sixty_four(num_tokens, sequential)
         depth = 1 if words >= 32 else 3 if words <= 18 and tokens == 32 else 2
+        if tokens == 256 and words > 18 and not sequential:
+            return ManyTokens(256, 2, 1, 4, sequential)
         stages = 3 if tokens == 256 and sequential else {32: 6, 64: 4}.get(tokens, 6)
         return ManyTokens(tokens, 2, depth, stages, sequential)
 
@@ -186,7 +190,8 @@ class LinearPlan:
 
         warpgroups = min((4, 2) if is_whole else (4, 3, 2, 1), key=time)
         registers = {4: 24, 3: 52}.get(warpgroups, 54)
-        depth = max(1, min(3, registers // (tile_bytes(self.type) // 128)))
+        least = 2 if TILE_K[self.type] == 128 else 1
+        depth = max(least, min(3, registers // (tile_bytes(self.type) // 128)))
         return ManyTokens(64, warpgroups, depth, 4, sequential)
 
     def _narrow(self, num_tokens: int) -> int:
@@ -248,6 +253,19 @@ def choose_expert_slices(n: int, k: int, type: GgmlType, num_used: int) -> int:
     return min(depth, max(fewest, -(-WARPS_PER_SM * MULTIPROCESSORS // strips)))
 
 
+def even_share(blocks: int, num_sms: int, card: Card) -> int:
+    """Shared memory a block, in bytes: so much that a multiprocessor has room for no more than its share of `blocks`.
+
+    Blocks that begin while the kernel ahead ends go where there is room, several to one multiprocessor and none to
+    another. 0 where kernels do not overlap, and where the share is more than a few.
+    """
+    share = -(-blocks // num_sms)
+    if not card.has_clusters or share > MOST_SHARED:  # both came with the same generation of GPUs
+        return 0
+    whole = card.shared_bytes + BLOCK_RESERVE
+    return whole // (share + 1) // 128 * 128 + 128 - BLOCK_RESERVE
+
+
 @dataclass(frozen=True)
 class Pair:
     """How two matrices are multiplied in one launch; nothing in it changes a bit of the results."""
@@ -269,8 +287,10 @@ def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, 
         return None
     one = replace(one, early=one.early and two.early)
     most = one.ctas * num_sms // -(-num_rows // (8 * one.groups))
-    shared = max(first.shared_bytes(one), second.shared_bytes(one))
-    return Pair((one, replace(one, depth=two.depth)), _divided(first, second, one.warps, most), shared)
+    blocks = _divided(first, second, one.warps, most)
+    launched = (blocks[0] * first.slices + blocks[1] * second.slices) * -(-num_rows // (8 * one.groups))
+    shared = max(first.shared_bytes(one), second.shared_bytes(one), even_share(launched, num_sms, card))
+    return Pair((one, replace(one, depth=two.depth)), blocks, shared)
 
 
 def _divided(first: LinearPlan, second: LinearPlan, warps: int, most: int) -> tuple[int, int]:

@@ -8,8 +8,8 @@
 // With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
 // With GROUPED as in qmm.cu, an owner for each TOKENS rows of x, of which the first `filled` are anybody's; of the others x
 // is not read nor y written. With ACTIVATION as in activated.cuh. HALF_END: see weight.cuh.
-// TURN 1 and 2 are two launches over units of two sizes, each with its own part of x and y; 0 is one alone. A block of
-// TURN 1 lets the second begin only when it has waited itself, so the second finds complete whatever the first waited
+// `turn` 1 and 2 are two launches over units of two sizes, each with its own part of x and y; 0 is one alone. A block of
+// the first lets the second begin only when it has waited itself, so the second finds complete whatever the first waited
 // for, and begins without a wait. Its blocks wait for the first before they leave: who waits for the second has waited
 // for both. This holds for blocks without an owner, too.
 #include "async.cuh"
@@ -70,7 +70,7 @@ DEVICE void store_sums(const Value& value, float* y, int strip, int N, int end) 
 // w, x: as in qmm.cu; y: [slices][T][N], or [T][N] with SEQUENTIAL
 extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, CTAS)
 qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8,
-      int S
+      int S, int turn
 #if GROUPED
       , const int* __restrict__ owners, const int* __restrict__ filled
 #endif
@@ -85,7 +85,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #if GROUPED
   const int owner = fresh(owners + z);
   if (owner < 0) {
-    if (TURN) await_previous_kernel();
+    if (turn) await_previous_kernel();
     return;
   }
   w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
@@ -98,13 +98,13 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #endif
   if (threadIdx.x == 0) make_barriers(full);
   __syncthreads();
-  if (TURN != 1) start_next_kernel();
+  if (turn != 1) start_next_kernel();
   if (warp >= WARPGROUPS * 4) {  // the producer: one lane works, the others' registers go to the consumers
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (warp == WARPGROUPS * 4) {
       if (bytes < PIECE_BYTES) clear_rest(xs, bytes, lane);
-      if (TURN != 2) await_previous_kernel();
-      if (TURN == 1) start_next_kernel();
+      if (turn != 2) await_previous_kernel();
+      if (turn == 1) start_next_kernel();
       x += ((u64)k0 * STAGES_X * T8 + z * (TOKENS / 8)) * GROUP_BYTES;
       if (lane == 0) fetch_x(x, (u64)T8 * GROUP_BYTES, nt * STAGES_X, bytes, full, xs);
     }
@@ -122,7 +122,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
       if (i < nt) load_tile(r[i], src, lane, k0 + i + 1 == nk), src += Weight::TILE_BYTES;
-    if (TURN != 2) await_previous_kernel();
+    if (turn != 2) await_previous_kernel();
     float acc[TOKENS / 2];
     u32 is_begun = 0;  // whether acc holds a part of this slice
 #if SEQUENTIAL
@@ -206,5 +206,5 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
     store_sums(added, y + (u64)slice * T * N, strip, N, end);
 #endif
   }
-  if (TURN == 2) await_previous_kernel();
+  if (turn == 2) await_previous_kernel();
 }

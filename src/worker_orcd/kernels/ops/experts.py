@@ -206,7 +206,7 @@ class ExpertOps:
     ) -> None:  # fmt: skip
         (n, _), (variant, blocks) = matrix.shape, how
         slices, units, share = matrix.plan.slices, len(region.owners), region.unit // (8 * variant.groups)
-        source, name = kernel_of(matrix.type, variant, matrix.has_half, grouped=True, turn=turn)
+        source, name = kernel_of(matrix.type, variant, matrix.has_half, grouped=True)
         groups = operands[0].stride(0) // (8 * 64)  # of the whole image; sums are whole where there are two regions
         args: list[Argument] = [matrix.tiles, *operands, n, matrix.depth, region.num_places, groups]
         shared = matrix.plan.shared_bytes(variant)
@@ -216,7 +216,7 @@ class ExpertOps:
         else:
             side_by_side = 1 if variant.sequential else slices
             work = Work((blocks, side_by_side, units), variant.warpgroups * 128 + 128, shared)
-            self._gpu.launch(source, name, work, [*args, slices, region.owners, region.filled, *more])
+            self._gpu.launch(source, name, work, [*args, slices, turn, region.owners, region.filled, *more])
 
     def _begin(self, matrix: TiledMatrix, kind: str = "") -> None:
         """Begin to compile for all units: they will come, and to compile them then would hold up a step."""
@@ -224,13 +224,13 @@ class ExpertOps:
             return
         self._begun.add(matrix.plan)
         has_wgmma = self._gpu.card.has_wgmma
-        coming = [(unit, 0) for unit in UNITS[has_wgmma]]
+        coming = {*UNITS[has_wgmma]}
         if has_wgmma:
-            coming += [(2 * unit, 1) for unit in SMALL_UNITS] + [(unit, 2) for unit in SMALL_UNITS]
-        for unit, turn in coming:
+            coming |= {*SMALL_UNITS, *(2 * unit for unit in SMALL_UNITS)}
+        for unit in sorted(coming):
             found = self._activated(matrix, unit, kind) if kind else None
             variant = found or self._variant(matrix, unit)
-            self._gpu.compile_ahead(kernel_of(matrix.type, variant, matrix.has_half, grouped=True, turn=turn)[0])
+            self._gpu.compile_ahead(kernel_of(matrix.type, variant, matrix.has_half, grouped=True)[0])
 
     def _choose(self, matrix: TiledMatrix, unit: int, routing: Routing) -> Grouped:
         self._begin(matrix)
