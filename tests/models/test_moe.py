@@ -15,6 +15,9 @@ from tests.running import all_logits
 from worker_orcd.assemble import draw_up
 from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import ModelLoadFailed
+from worker_orcd.gguf.fingerprint import fingerprint
+from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.models.tensors import use_gguf_names
 
 LENGTHS = (1, 7, 64, 300)
 DECODE_STEPS = 50
@@ -131,6 +134,70 @@ def test_an_expert_width_the_file_does_not_state(tmp_path: Path) -> None:
     model.metadata["qwen2moe.feed_forward_length"] = 96
     silent = model.write(tmp_path / "silent.gguf")
     assert torch.equal(all_logits(stated, [5, 6, 7]), all_logits(silent, [5, 6, 7]))
+
+
+def split_up(model: tiny.Tiny) -> None:
+    """As files of 2023 have them: a matrix an expert, those of gate, down and up taking turns."""
+    stacked = {name: model.tensors.pop(name) for name in list(model.tensors) if "_exps." in name}
+    for layer in range(2):
+        for expert in range(4):
+            for kind in ("gate", "down", "up"):
+                matrix = stacked[f"blk.{layer}.ffn_{kind}_exps.weight"][expert]
+                model.tensors[f"blk.{layer}.ffn_{kind}.{expert}.weight"] = matrix
+
+
+def test_a_matrix_an_expert_is_as_good_as_all_in_one(tmp_path: Path) -> None:
+    model = tiny_moe.build("mixtral")
+    stacked, ids = model.write(tmp_path / "stacked.gguf"), tokens(40)
+    expected = all_logits(stacked, ids)
+    whole = model.tensors["blk.1.ffn_down_exps.weight"].tobytes()
+    split_up(model)
+    path = model.write(tmp_path / "split.gguf")
+    assert torch.equal(all_logits(path, ids), expected)
+    with GgufFile.open(path) as gguf:
+        marks = fingerprint(gguf)
+        use_gguf_names(gguf)
+        info = gguf.tensors["blk.1.ffn_down_exps.weight"]
+        assert (info.shape, info.nbytes) == ((4, 96, 160), len(whole))
+        size = len(whole) // 4
+        for start, length in (
+            (0, len(whole)),
+            (size - 8, 16),
+            (size, size),
+            (5, 3 * size),
+            (len(whole) - 1, 1),
+            (7, 0),
+        ):
+            assert bytes(gguf.read(info.name, start=start, length=length)) == whole[start : start + length]
+        assert len(fingerprint(gguf)) == len(marks)
+
+
+UNLIKE: dict[str, tuple[Edit, str]] = {
+    "one is missing": (without("blk.1.ffn_up.2.weight"), "missing tensors: .*blk.1.ffn_up_exps.weight"),
+    "another shape": (
+        reshaped("blk.0.ffn_down.3.weight", 96, 128),
+        r"blk.0.ffn_down.3.weight is F32 \[96, 128\], but blk.0.ffn_down.0.weight is F32 \[96, 160\]",
+    ),
+    "both forms": (
+        reshaped("blk.0.ffn_gate_exps.weight", 4, 160, 96),
+        "does not use: blk.0.ffn_gate.0.weight, blk.0.ffn_gate.1",
+    ),
+    "one too many": (
+        reshaped("blk.0.ffn_gate.4.weight", 160, 96),
+        r"blk.0.ffn_gate_exps.weight is \[5, 160, 96\], needs \[4, 160, 96\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_experts_apart_are_refused_with_a_reason(case: str, tmp_path: Path) -> None:
+    edit, reason = UNLIKE[case]
+    model = tiny_moe.build("mixtral")
+    split_up(model)
+    edit(model)
+    path = model.write(tmp_path / "bad.gguf")
+    with pytest.raises(ModelLoadFailed, match=reason):
+        draw_up(WorkerConfig(model=path))
 
 
 def test_a_flat_gate_of_the_shared_expert(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def fingerprint(gguf: GgufFile) -> str:
     for index, path in enumerate(gguf.paths):
         source = Source(path)
         try:
-            begins = [info.offset for info in gguf.tensors.values() if info.split == index]
+            stored = [part for info in gguf.tensors.values() for part in info.stored]
+            begins = [part.offset for part in stored if part.split == index]
             digest.update(source.size.to_bytes(8, "little"))
             digest.update(source.head(min(begins, default=source.size)))
         finally:

@@ -35,6 +35,12 @@ class TensorInfo:
     nbytes: int
     split: int
     """index of its file among `GgufFile.paths`"""
+    parts: tuple[TensorInfo, ...] = ()
+    """tensors of the file whose bytes it is, one after the other; none where the file has it as it is"""
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)

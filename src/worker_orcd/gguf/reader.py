@@ -138,10 +138,16 @@ class GgufFile(TypedAccess):
         info = self._info(name)
         length = info.nbytes - start if length is None else length
         assert 0 <= start <= start + length <= info.nbytes, f"bytes {start}+{length} of {info.nbytes}"
-        target = np.empty(length, np.uint8).data if out is None else out.cast("B")[:length]
+        whole = target = np.empty(length, np.uint8).data if out is None else out.cast("B")[:length]
         assert len(target) == length, f"a buffer of {len(target)} bytes for {length}"
-        self._sources[info.split].read_into(f"tensor {shown(name)}", info.offset + start, target)
-        return target
+        for part in info.stored:
+            skipped = max(0, min(start, part.nbytes))
+            count = min(part.nbytes - skipped, length)
+            if count:
+                source = self._sources[part.split]
+                source.read_into(f"tensor {shown(part.name)}", part.offset + skipped, target[:count])
+            start, length, target = start - skipped, length - count, target[count:]
+        return whole
 
     def tensor_bytes(self, name: str) -> NDArray[np.uint8]:
         """All bytes of a tensor as stored, uint8 [nbytes]. Raises as `read`."""

@@ -8,13 +8,14 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from worker_orcd.errors import ModelLoadFailed
-from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.gguf.reader import GgufFile, TensorInfo
 from worker_orcd.models.experts import expert_projections
 from worker_orcd.models.spec import ModelSpec
 from worker_orcd.quant.types import RUNNABLE
 
 Shape = tuple[int, ...]
 NAMES_SHOWN = 8
+EXPERT_NAME = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(0|[1-9]\d{0,5})\.(weight|bias)")
 CHECKPOINT_NAMES = {
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -105,12 +106,46 @@ def _norm(name: str, width: int, has_bias: bool) -> dict[str, Shape]:
 
 
 def use_gguf_names(gguf: GgufFile) -> None:
-    """Give the tensors of a GPT-2 file their GGUF names where it has the checkpoint's (h.0.attn.c_attn.weight).
+    """Give tensors the names that GGUF has for them today.
 
-    Buffers that a checkpoint stores beside its weights (the causal mask) are left out.
+    A GPT-2 file may have the checkpoint's (h.0.attn.c_attn.weight). Buffers that a checkpoint stores beside its
+    weights (the causal mask) are left out. Early files with experts have a matrix for each (blk.0.ffn_up.3.weight);
+    these become one. Raises ModelLoadFailed where such matrices differ in type or shape.
     """
-    if gguf.architecture not in ("gpt2", "gpt"):
-        return
+    if gguf.architecture in ("gpt2", "gpt"):
+        _rename_checkpoint(gguf)
+    else:
+        _stack_experts(gguf)
+
+
+def _stack_experts(gguf: GgufFile) -> None:
+    by_name: dict[str, dict[int, TensorInfo]] = {}
+    for name, info in gguf.tensors.items():
+        if match := EXPERT_NAME.fullmatch(name):
+            by_name.setdefault(f"{match[1]}_exps.{match[3]}", {})[int(match[2])] = info
+    whole = {  # others are refused, as what is left over and what is missing
+        name: tuple(experts[number] for number in sorted(experts))
+        for name, experts in by_name.items()
+        if name not in gguf.tensors and max(experts) == len(experts) - 1
+    }
+    in_place = {parts[0].name: _stacked(name, parts) for name, parts in whole.items()}
+    gone = {part.name for parts in whole.values() for part in parts[1:]}
+    found = [in_place.get(name, info) for name, info in gguf.tensors.items() if name not in gone]
+    gguf.tensors = MappingProxyType({info.name: info for info in found})
+
+
+def _stacked(name: str, parts: tuple[TensorInfo, ...]) -> TensorInfo:
+    first, nbytes = parts[0], sum(part.nbytes for part in parts)
+    for other in parts:
+        if (other.type, other.shape) != (first.type, first.shape):
+            raise ModelLoadFailed(
+                f"tensor {other.name} is {other.type.name} {list(other.shape)}, but {first.name} is "
+                f"{first.type.name} {list(first.shape)}; experts must be alike"
+            )
+    return replace(first, name=name, shape=(len(parts), *first.shape), nbytes=nbytes, parts=parts)
+
+
+def _rename_checkpoint(gguf: GgufFile) -> None:
     tensors = {}
     for name, info in gguf.tensors.items():
         stem, _, kind = name.removeprefix("transformer.").rpartition(".")
