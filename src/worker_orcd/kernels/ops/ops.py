@@ -241,6 +241,7 @@ class Ops:
         return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps)
 
 
+@lru_cache(maxsize=64)
 def embed_source(type: GgmlType, has_half: bool) -> Source:
     options = defined(FORMAT=type.name, TILE_K=TILE_K[type], TILE_BYTES=tile_bytes(type), HALF_END=int(has_half))
     return Source("ops", "embed.cu", options)
