@@ -140,9 +140,10 @@ class CudaBackend:
         """In steps where every sequence has one row, one kernel does what it can; else rotation is another."""
         made_of = _unrotated(qkv, heads, rope, spec, batch)
         if made_of is not None:
-            image = self._ops.image(len(batch.slots), spec.num_heads * spec.head_dim)
+            num_rows, width = batch.slots.shape[0], spec.num_heads * spec.head_dim
+            image = self._ops.image(num_rows, width)
             self._flash.store_and_attend(made_of, kv.k, kv.v, _pages(batch.attn), _form(spec), spec.sinks, image)
-            return _operand(image, len(batch.slots), spec.num_heads * spec.head_dim)
+            return _operand(image, num_rows, width)
         q = self._rope_and_store(qkv, heads, kv, batch, rope)
         if spec.query_scales is not None:
             q = q * spec.query_scales[batch.attn.positions]
@@ -165,13 +166,13 @@ class CudaBackend:
         return tuple(base.Part(x[None], None) for x in normed)
 
     def _attention(self, q: Tensor, kv: LayerKV, batch: AttnBatch, spec: AttnSpec) -> Operand:
-        width = q.shape[1] * q.shape[2]
+        num_rows, width = q.shape[0], q.shape[1] * q.shape[2]
         if not takes(spec.head_dim):
             found = self._basic(q, kv, batch, spec).flatten(1)
-            return _operand(self._ops.to_image(found), len(q), width)
-        image = self._ops.image(len(q), width)
+            return _operand(self._ops.to_image(found), num_rows, width)
+        image = self._ops.image(num_rows, width)
         self._flash.attend(q, kv.k, kv.v, _pages(batch), _form(spec), spec.sinks, image)
-        return _operand(image, len(q), width)
+        return _operand(image, num_rows, width)
 
     def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
         width, image = sum(weight.shape[0] for weight, _ in projection) // (1 + is_gated), None
@@ -220,7 +221,7 @@ def _matrix(weight: base.PackedWeight) -> TiledMatrix:
 
 def _unrotated(qkv: Sums, heads: Heads, rope: Rope, spec: AttnSpec, batch: Batch) -> Unrotated | None:
     """What attention of single rows can add up, rotate and store itself."""
-    is_decode = len(batch.slots) == len(batch.attn.context_lens)  # a sequence has at least one row
+    is_decode = batch.slots.shape == batch.attn.context_lens.shape  # a sequence has at least one row
     has_more = any(x is not None for x in (heads.q_norm, heads.k_norm, spec.query_scales))
     if has_more or not (is_decode and can_rotate(spec.head_dim, rope.cos.shape[1])):
         return None

@@ -126,7 +126,7 @@ class Call:
 
     @property
     def num_seqs(self) -> int:
-        return len(self.pages.context_lens)
+        return self.pages.context_lens.shape[0]
 
     @property
     def max_splits(self) -> int:
@@ -194,7 +194,7 @@ class FlashAttention:
 
         A sequence whose context length is 0 stores nothing. Raises ValueError before a launch that cannot be right.
         """
-        cos, sin, num_seqs = made_of.cos, made_of.sin, len(pages.context_lens)
+        cos, sin, num_seqs = made_of.cos, made_of.sin, pages.context_lens.shape[0]
         _check_form(form)
         _check_cache(k, v, form)
         if cos.ndim != 2 or cos.shape != sin.shape or not can_rotate(form.head_dim, cos.shape[1]):
@@ -296,8 +296,9 @@ def _check_cache(k: Tensor, v: Tensor, form: Form) -> None:
 def _check_rows(shape: tuple[int, ...], pages: Pages, form: Form, sinks: Tensor | None, out: Tensor | None) -> None:
     """shape: of the queries, [T, Hq, D]."""
     starts, lens, table = pages.query_starts, pages.context_lens, pages.block_table
-    if starts.shape != (len(lens) + 1,) or table.ndim != 2 or len(table) != len(lens):
-        raise ValueError(f"{len(starts)} starts and a block table {tuple(table.shape)} for {len(lens)} sequences")
+    num_seqs = lens.shape[0]
+    if starts.shape != (num_seqs + 1,) or table.ndim != 2 or table.shape[0] != num_seqs:
+        raise ValueError(f"{len(starts)} starts and a block table {tuple(table.shape)} for {num_seqs} sequences")
     if sinks is not None and sinks.shape != (form.num_heads,):
         raise ValueError(f"sinks {tuple(sinks.shape)} for {form.num_heads} heads")
     if out is not None and not _has_room(out, shape):

@@ -92,6 +92,7 @@ class LinearPlan:
         """Whether a variant leaves sums, not one partial sum a slice."""
         return self.slices == 1 or (isinstance(variant, ManyTokens) and variant.sequential)
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - plans are a few numbers each
     def activated(self, variant: Variant, kind: str) -> ManyTokens | None:
         """`variant` with the activation of gate above up at its end; None where that takes a launch of its own.
 
@@ -104,6 +105,7 @@ class LinearPlan:
         stages = 3 if variant.tokens == 256 else variant.stages
         return replace(variant, sequential=True, stages=stages, activation=kind)
 
+    @lru_cache(maxsize=4096)  # noqa: B019
     def variant(self, num_tokens: int, card: Card) -> Variant:
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)

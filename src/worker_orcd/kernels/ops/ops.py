@@ -61,6 +61,7 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
+@lru_cache(maxsize=4096)
 def image_shape(num_rows: int, width: int) -> tuple[int, int, int, int]:
     """Inputs are padded with zeros to whole tiles; groups are what the widest variant for so many rows takes."""
     groups = next((g for g in (1, 2, 4, 8, 16) if num_rows <= 8 * g), -(-num_rows // 256) * 32)
@@ -84,7 +85,7 @@ class Ops:
         groups = 0 if image is None else image.shape[1]
         args: list[Argument] = [x, self.part(y, num_rows, width), self._norm(after, width), float(factor)]
         args += [self._norm(norm, width), image, num_rows, groups]
-        shape = self._norm_shape(width)
+        shape = norm_shape(width, self._gpu.card.has_clusters)
         ahead = slices_ahead([] if y is None else [y], MOST_NORM_AHEAD if width <= 4 * shape["BLOCK"] else MOST_AHEAD)
         blocks, threads = shape["CLUSTER"], shape["BLOCK"]
         source = rows_source(WIDTH=width, AHEAD=ahead, **shape)
@@ -92,25 +93,18 @@ class Ops:
         self._gpu.launch(source, "add_norm", work, args)
         return image
 
-    def _norm_shape(self, width: int) -> dict[str, int]:
-        """Blocks that share a row, and threads of a block: four numbers for each while there are enough threads."""
-        padded = -(-width // 256) * 256
-        most = MOST_NORM_BLOCKS if self._gpu.card.has_clusters else 1
-        blocks = next((n for n in (1, 2, 4) if n <= most and padded <= n * 1024), most)
-        return {"CLUSTER": blocks, "BLOCK": min(MOST_NORM_THREADS, -(-padded // (256 * blocks)) * 64)}
-
     def rope_store(
         self, qkv: Sequence[Part], heads: tuple[int, int, int], norms: tuple[Norm | None, Norm | None],
         cache: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor], interleaved: bool,
     ) -> Tensor:  # fmt: skip
         """heads: Hq, Hk, D; at: positions, slots i64 [T]; table: cos, sin f32 [context, half] → q [T, Hq, D]."""
         num_heads, num_kv_heads, dim = heads
-        num_rows, half = len(at[0]), table[0].shape[1]
+        num_rows, half = at[0].shape[0], table[0].shape[1]
         self._gpu.require(*table)
         self._gpu.require(*at, dtype=torch.int64)
         if dim % 2 or not 0 < dim <= MAX_HEAD_DIM or 2 * half > dim or table[0].shape != table[1].shape:
             raise ValueError(f"heads of {dim} numbers, of which {2 * half} rotate, cannot be taken")
-        if len(at[1]) != num_rows:
+        if at[1].shape[0] != num_rows:
             raise ValueError(f"{num_rows} positions and {len(at[1])} slots")
         for side in cache:
             if side.shape[2:] != (num_kv_heads, dim) or side.dtype not in KV_BITS or side.dtype != cache[0].dtype:
@@ -227,7 +221,7 @@ class Ops:
             if experts.shape != (num_rows,):
                 raise ValueError(f"{tuple(experts.shape)} experts for {num_rows} rows")
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in part)
-        return _Part(*pointers, width, len(slices))
+        return _Part(*pointers, width, slices.shape[0])
 
     def _norm(self, norm: Norm | None, width: int) -> _Norm:
         if norm is None:
@@ -242,6 +236,15 @@ class Ops:
 
 
 @lru_cache(maxsize=64)
+def norm_shape(width: int, has_clusters: bool) -> dict[str, int]:
+    """Blocks that share a row, and threads of a block: four numbers for each while there are enough threads."""
+    padded = -(-width // 256) * 256
+    most = MOST_NORM_BLOCKS if has_clusters else 1
+    blocks = next((n for n in (1, 2, 4) if n <= most and padded <= n * 1024), most)
+    return {"CLUSTER": blocks, "BLOCK": min(MOST_NORM_THREADS, -(-padded // (256 * blocks)) * 64)}
+
+
+@lru_cache(maxsize=64)
 def embed_source(type: GgmlType, has_half: bool) -> Source:
     options = defined(FORMAT=type.name, TILE_K=TILE_K[type], TILE_BYTES=tile_bytes(type), HALF_END=int(has_half))
     return Source("ops", "embed.cu", options)
@@ -249,7 +252,7 @@ def embed_source(type: GgmlType, has_half: bool) -> Source:
 
 def slices_ahead(parts: Sequence[Part], most: int = MOST_AHEAD) -> int:
     """How many slices a kernel fetches at once: all, while there are few; each number is a kernel of its own."""
-    slices = max((len(part.slices) for part in parts), default=1)
+    slices = max([part.slices.shape[0] for part in parts], default=1)
     return min(most, slices if slices > MOST_AHEAD else 1 << (slices - 1).bit_length())
 
 
