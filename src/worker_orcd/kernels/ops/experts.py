@@ -30,7 +30,6 @@ TOGETHER_ROWS = ARRANGERS // 32  # that one block both routes, a warp each, and 
 UNITS = {False: (8, 16, 32), True: (8, 24)}  # rows, where all units are alike; without and with wgmma
 SMALL_UNITS = (24, 32, 48, 64)  # for wgmma, beside others twice as large
 MANY_ROWS = 16  # units from here on are for wgmma
-WIDE_ROWS = 96  # units from here on share weights among as many rows of a matrix as registers allow
 MOST_STRIPS = 3  # of a warp
 FEW_PAIRS = 128  # for which a thread copies 16 bytes; beyond, four times as many
 SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
@@ -43,6 +42,33 @@ class Grouped(NamedTuple):
 
     variant: Variant
     blocks: int  # that share the strips of an expert
+
+
+class _Row(NamedTuple):
+    """How qgemm takes units of up to `rows`, of a format of up to `words` registers a tile."""
+
+    words: int
+    rows: int
+    warpgroups: int
+    depth: int
+    stages: int
+    ctas: int
+
+    def fits(self, words: int, rows: int) -> bool:
+        return words <= self.words and rows <= self.rows
+
+
+GROUPED = (  # the first that fits; as measured for MXFP4, else as registers allow
+    _Row(8, 24, 1, 4, 4, 4),
+    _Row(8, 24, 2, 2, 3, 3),
+    _Row(9, 64, 2, 3, 3, 2),
+    _Row(9, 128, 4, 2, 6, 1),  # many rows share weights among as many rows of a matrix as registers allow
+    _Row(18, 48, 2, 2, 3, 2),
+    _Row(31, 64, 2, 2, 3, 1),
+    _Row(31, 128, 2, 2, 6, 1),
+    _Row(64, 64, 2, 1, 3, 1),
+    _Row(64, 128, 2, 1, 6, 1),
+)
 
 
 class Region(NamedTuple):
@@ -245,14 +271,8 @@ class ExpertOps:
         """`is_even`: with an even number of warpgroups, where an activation may follow."""
         card, plan, words = self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
         if unit >= MANY_ROWS and card.has_wgmma:
-            if unit >= WIDE_ROWS and words <= 9:
-                return ManyTokens(unit, 4, 2, 6, plan.slices > 1)
-            if unit <= 24 and words <= 8:
-                warpgroups, depth, stages, ctas = (2, 2, 3, 3) if is_even else (1, 4, 4, 4)
-                return ManyTokens(unit, warpgroups, depth, stages, plan.slices > 1, ctas)
-            ctas = 2 if words <= 18 and unit <= (64 if words <= 9 else 48) else 1
-            depth = 1 if words >= 32 else 3 if ctas == 2 and words <= 9 else 2
-            return ManyTokens(unit, 2, depth, 3 if unit <= 64 else 6, plan.slices > 1, ctas)
+            row = next(r for r in GROUPED if r.fits(words, unit) and not (is_even and r.warpgroups % 2))
+            return ManyTokens(unit, row.warpgroups, row.depth, row.stages, plan.slices > 1, row.ctas)
         early = unit == 8 and words <= 18 and plan.longest_slice_tiles <= SHORT_SLICE
         few = FewTokens(unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early)
         while few.groups > 1 and plan.shared_bytes(few) > card.shared_bytes:
