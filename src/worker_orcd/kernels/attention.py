@@ -328,6 +328,7 @@ def _has_room(out: Tensor, shape: tuple[int, ...]) -> bool:
     return out.shape[0] * 64 >= num_heads * head_dim and out.shape[1] * 8 >= num_rows and out.shape[2:] == (8, 64)
 
 
+@lru_cache(maxsize=64)
 def prompt_launch(form: Form) -> PromptLaunch:
     stages = 5 if form.head_dim <= 64 else 3
     return PromptLaunch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= WIDE_HEAD else 8, stages)
