@@ -8,10 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("suite")  # a machine that pauses for a second is no error
 
 # Before torch is imported, which may import Triton: tests share the cores, and without a GPU kernels are interpreted.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

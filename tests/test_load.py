@@ -146,7 +146,7 @@ def test_64_streams_of_which_a_third_is_left(served: Worker) -> None:
     assert ends.total() == 64 * 6
     assert set(ends) == {"end", "CANCELLED", "left"}
     assert ends["left"] > 64
-    assert statistics.median(latencies_s) < 1.0  # promised: 10 ms, where the worker has its cores
+    assert statistics.quantiles(latencies_s, n=100)[-1] < 1.0  # promised: 10 ms, where the worker has its cores
 
 
 # ---------------------------------------------------------------------- too many

@@ -18,7 +18,7 @@ def refused(path: Path | str, problem: str) -> None:
     start = time.monotonic()
     with pytest.raises(GgufError, match=problem):
         GgufFile.open(path)
-    assert time.monotonic() - start < 30  # opening a FIFO would wait for ever
+    assert time.monotonic() - start < 1  # opening a FIFO would wait for ever
 
 
 def test_special_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

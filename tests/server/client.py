@@ -323,7 +323,7 @@ def wait_for_back_pressure(engine: ScriptedEngine) -> None:
         time.sleep(0.1)
 
 
-def eventually(condition: Callable[[], object], within_s: float = 20.0) -> None:
+def eventually(condition: Callable[[], object], within_s: float = 3.0) -> None:
     """Wait for a condition; fails when it does not come true in time."""
     until = time.monotonic() + within_s
     while not condition():

@@ -121,7 +121,7 @@ def test_a_deadline_bounds_the_time_of_a_job() -> None:
     began_s = time.monotonic()
     answer = rig.execute(headers={"x-deadline": str(int(time.time() * 1000) + 500)})
     assert answer.events[-1].data["code"] == "INFERENCE_TIMEOUT"
-    assert 0.3 < time.monotonic() - began_s < 30
+    assert 0.3 < time.monotonic() - began_s < 3
     assert 0 < rig.engine.requests[0].timeout_s <= 0.5
     assert rig.engine.cancelled == ["job"]
     assert rig.log.events("execute_end")[0]["outcome"] == "timeout"

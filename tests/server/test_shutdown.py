@@ -45,7 +45,7 @@ def test_an_idle_worker_stops_at_once() -> None:
     with live() as server:
         began_s = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began_s < 20
+        assert time.monotonic() - began_s < 2
         assert server.rig.engine.is_closed
         with pytest.raises(OSError):
             server.connect()
@@ -79,7 +79,7 @@ def test_after_the_limit_jobs_end_with_an_error_event() -> None:
             with peer:
                 assert read_answer(peer).events[-1].data["code"] == "SHUTTING_DOWN"
         assert server.stop() == 0
-        assert 0.3 < time.monotonic() - began_s < 20
+        assert 0.3 < time.monotonic() - began_s < 3
         assert sorted(server.rig.engine.cancelled) == ["j0", "j1"]
 
 
@@ -95,7 +95,7 @@ def test_a_reader_that_stalls_does_not_hold_up_the_exit() -> None:
         wait_for_back_pressure(engine)
         began_s = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began_s < 20
+        assert time.monotonic() - began_s < 6
 
 
 def test_a_failed_engine_ends_the_service() -> None:
@@ -108,8 +108,8 @@ def test_a_failed_engine_ends_the_service() -> None:
             with peer:
                 answer = read_answer(peer)
             assert answer.events[-1].data["code"] == "CUDA_ERROR"
-        server.thread.join(30)
-        assert time.monotonic() - began_s < 20
+        server.thread.join(10)
+        assert time.monotonic() - began_s < 5
         assert server.exit_codes == [1]
         assert server.rig.engine.is_closed
     told = server.rig.log.events()
@@ -127,7 +127,7 @@ def test_an_engine_that_fails_while_draining_ends_the_wait() -> None:
         server.rig.engine.failure = CudaError("device 0 is lost")
         with peer:
             assert read_answer(peer).events[-1].data["code"] == "CUDA_ERROR"
-        server.thread.join(30)
+        server.thread.join(10)
         assert server.exit_codes == [1]
 
 
@@ -144,7 +144,7 @@ def test_jobs_that_a_failed_engine_forgot_are_ended_too(monkeypatch: pytest.Monk
         ready, health = server.get("/ready"), server.get("/health")
         with peer:
             assert read_answer(peer).events[-1].data["code"] == "CUDA_ERROR"
-        server.thread.join(30)
+        server.thread.join(10)
         assert server.exit_codes == [1]
     assert (late.status, late.error["code"]) == (503, "SHUTTING_DOWN")
     assert (ready.status, ready.json["reason"]) == (503, "the worker has failed")
@@ -160,9 +160,9 @@ def test_a_reader_that_stalls_does_not_hold_up_the_end_of_a_failed_worker() -> N
         wait_for_back_pressure(engine)
         began_s = time.monotonic()
         engine.failure = CudaError("device 0 is lost")
-        server.thread.join(30)
+        server.thread.join(10)
         assert server.exit_codes == [1]
-        assert time.monotonic() - began_s < 20
+        assert time.monotonic() - began_s < 5
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -267,7 +267,7 @@ def test_a_signal_drains(name: signal.Signals) -> None:
         peer = send(port, "a", "x")
         process.send_signal(name)
         assert rest(peer).text == "answer"
-        assert process.wait(30) == 0
+        assert process.wait(5) == 0
         assert "Traceback" not in process.communicate()[1]
 
 
@@ -280,8 +280,8 @@ def test_a_second_signal_waits_no_longer() -> None:
         began_s = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert [rest(peer).events[-1].data["code"] for peer in peers] == ["SHUTTING_DOWN"] * 2
-        assert process.wait(30) == 0
-        assert time.monotonic() - began_s < 30
+        assert process.wait(5) == 0
+        assert time.monotonic() - began_s < 4
 
 
 def test_a_closed_log_pipe_does_not_stop_the_service() -> None:
@@ -292,4 +292,4 @@ def test_a_closed_log_pipe_does_not_stop_the_service() -> None:
         for job_id in ("a", "b"):
             assert rest(send(port, job_id, "x")).text == "answer"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(5) == 0

@@ -25,7 +25,7 @@ from tests.server.client import (
 from worker_orcd.engine.request import Request
 from worker_orcd.server import connection
 
-FREED_WITHIN_S = 20.0  # a few milliseconds on an idle machine; what is not noticed runs for ever
+FREED_WITHIN_S = 1.0  # a few milliseconds on an idle machine
 
 
 def by_prompt(request: Request) -> list[Step] | Iterator[Step]:
@@ -274,10 +274,10 @@ def test_a_head_that_trickles_is_cut_off(server: Live, monkeypatch: pytest.Monke
     with server.connect() as peer:
         began_s = time.monotonic()
         with contextlib.suppress(OSError):
-            for _ in range(600):
+            for _ in range(40):
                 peer.sendall(b"G")
                 time.sleep(0.05)
-        assert time.monotonic() - began_s < 20
+        assert time.monotonic() - began_s < 1.5
     with server.connect() as peer:
         peer.sendall(b"GET /health HT")
         assert read_answer(peer).status == 408

@@ -362,7 +362,7 @@ def test_tokenizer_json_must_be_a_regular_file_of_some_size(tmp_path: Path) -> N
         load_tokenizer(gguf, tmp_path / "fifo")
     with pytest.raises(ModelLoadFailed, match="is a character device"):
         load_tokenizer(gguf, Path("/dev/zero"))
-    assert time.monotonic() - start < 30  # reading either would never end
+    assert time.monotonic() - start < 1
     path = tmp_path / "large.json"
     path.touch()
     os.truncate(path, MAX_JSON_BYTES + 1)
