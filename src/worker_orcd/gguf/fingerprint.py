@@ -27,7 +27,9 @@ def fingerprint(gguf: GgufFile) -> str:
         finally:
             source.close()
     for name, info in gguf.tensors.items():
-        length = min(SAMPLE_BYTES, info.nbytes)
-        digest.update(gguf.read(name, length=length))
-        digest.update(gguf.read(name, start=info.nbytes - length))
+        end = 0
+        for part in info.stored:
+            begin, end, length = end, end + part.nbytes, min(SAMPLE_BYTES, part.nbytes)
+            digest.update(gguf.read(name, start=begin, length=length))
+            digest.update(gguf.read(name, start=end - length, length=length))
     return digest.hexdigest()

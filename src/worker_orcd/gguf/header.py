@@ -40,6 +40,7 @@ class TensorInfo:
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
+        """What the file has of it, in order."""
         return self.parts or (self,)
 
 

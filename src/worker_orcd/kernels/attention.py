@@ -31,7 +31,7 @@ from torch import Tensor
 from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, fold_kernel, prompt_kernel
 from worker_orcd.kernels.driver import Argument, divide_l1
 from worker_orcd.kernels.gpu import Card, Gpu, Work
-from worker_orcd.kernels.linear.plan import MULTIPROCESSORS
+from worker_orcd.kernels.linear.plan import BLOCK_RESERVE, MULTIPROCESSORS
 from worker_orcd.kernels.ops.ops import KV_BITS, Ops, Part, slices_ahead
 from worker_orcd.kernels.source import Source, defined
 
@@ -41,7 +41,7 @@ HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
 WIDE_HEAD = 128  # numbers; beyond, tiles have half as many keys
 KV_TYPES = (torch.float16, torch.bfloat16)
 PROGRAMS = 512  # decode blocks wanted
-SHARED_PER_SM, BLOCK_RESERVE = 227 * 1024, 1024  # bytes, of which blocks of a multiprocessor take a part each
+SHARED_PER_SM = 227 * 1024  # bytes, of which blocks of a multiprocessor take a part each
 MOST_SLOTS = 8  # a split of keys and values
 MOST_WARPS, FEW_BLOCKS = 4, 4  # of a block; on a multiprocessor, as decode.cu sees to
 

@@ -171,7 +171,7 @@ class LinearPlan:
         if tokens == 64 and words < 32:
             return self._sixty_four(num_tokens, sequential)
         depth = 1 if words >= 32 else 3 if words <= 18 and tokens == 32 else 2
-        if tokens == 256 and words > 18 and not sequential:
+        if tokens == 256 and 18 < words < 32 and not sequential:
             return ManyTokens(256, 2, 1, 4, sequential)
         stages = 3 if tokens == 256 and sequential else {32: 6, 64: 4}.get(tokens, 6)
         return ManyTokens(tokens, 2, depth, stages, sequential)
