@@ -16,6 +16,7 @@ HEADERS = {
         "block32.cuh",
         "kquant.cuh",
         "weight.cuh",
+        "tiles.cuh",
         "act.cuh",
         "activated.cuh",
     ),

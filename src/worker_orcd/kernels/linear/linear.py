@@ -247,6 +247,7 @@ def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped:
         DEPTH=variant.depth,
         CTAS=variant.ctas,
         EARLY=int(variant.early),
+        RING=int(variant.ring),
         GROUPED=int(grouped),
     )
     return Source("linear", "qmm.cu", options), "qmm"

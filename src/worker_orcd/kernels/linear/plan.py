@@ -19,12 +19,13 @@ MORE_WARPS_PER_SM = 20  # with 96
 MOST_WARPS_PER_SM = 28  # with 72
 MAX_DIMENSION = 2**31 - 256  # rounded up to whole tiles it is still an int
 LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
-FEW_TOKENS = 16  # up to here mma.sync is as fast as wgmma for most matrices, up to 8 for all
+FEW_TOKENS = 16  # up to here by mma.sync
 SHORT_K = 8192  # inputs
-DEEP_SLICE = 8  # tiles; half the warps then fetch twice as far ahead
+DEEP_SLICE, DEEP_SHORT_SLICE = 8, 3  # tiles of 256 and of 128 inputs, beyond which more are fetched ahead
+RING_BYTES, LARGEST_RING_TILE = 18_000_000, 4096  # of a matrix, from which tiles go through shared memory; of a tile
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
-SHARED_PER_SM = 224 * 1024  # bytes, of which blocks of a wide matrix take a part each
+SHARED_PER_SM = 228 * 1024  # bytes, of which its blocks take a part each
 BLOCK_RESERVE = 1024  # bytes of shared memory that each block takes beyond its own
 MOST_SHARED = 8  # blocks of a multiprocessor, beyond which no care is taken that all have as many
 SAMPLE_TOKENS = (1, 16, *(2**i for i in range(5, 16)))  # numbers of tokens that meet every variant of a plan
@@ -39,6 +40,7 @@ class FewTokens:
     depth: int  # tiles fetched ahead
     ctas: int
     early: bool  # the first tile is expanded before the kernel ahead has ended
+    ring: bool = False  # tiles go through shared memory
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class LinearPlan:
             sums = 256 * variant.tokens * variant.warpgroups if variant.has_shared_sums else 0
             pieces, buffers = ring(self.type, variant)
             return 3072 + 128 * variant.tokens * pieces * buffers + sums
-        return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024
+        tiles = variant.warps * variant.depth * tile_bytes(self.type) if variant.ring else 0
+        return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024 + tiles
 
     def is_whole(self, variant: Variant) -> bool:
         """Whether a variant leaves sums, not one partial sum a slice."""
@@ -109,9 +112,9 @@ class LinearPlan:
     def variant(self, num_tokens: int, card: Card) -> Variant:
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)
-        if card.has_wgmma and num_tokens > 8 and (sixteen := self._sixteen()):
-            return sixteen
         groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
+        if card.has_wgmma and self._takes_ring:
+            return self._ring(groups)
         while groups > 1 and self.shared_bytes(self._few(groups)) > card.shared_bytes:
             groups //= 2
         return self._few(groups)
@@ -122,7 +125,7 @@ class LinearPlan:
 
     def _few(self, groups: int) -> FewTokens:
         words = tile_bytes(self.type) // 128  # registers a tile takes
-        per_sm = tile_grid(self.type, self.shape)[0] * self.slices / MULTIPROCESSORS
+        per_sm = self._per_sm
         if groups == 4:
             return FewTokens(4, 8, 1, 1, early=False)
         if words >= 32:  # 16 and 32 bits a weight
@@ -142,19 +145,32 @@ class LinearPlan:
         if per_sm <= MOST_WARPS_PER_SM:
             return FewTokens(groups, 14, 1, 2, early=False)
         deep = max(1, min(3, 54 // words))
-        if groups == 2 and words <= 18 and 2 * self.shared_bytes(FewTokens(2, 8, 2, 2, early=False)) <= SHARED_PER_SM:
-            return FewTokens(2, 8, 2, 2, early=TILE_K[self.type] == 128)
+        two = FewTokens(2, 8, 2, 2, early=TILE_K[self.type] == 128)
+        if groups == 2 and words <= 18 and 2 * (self.shared_bytes(two) + BLOCK_RESERVE) <= SHARED_PER_SM:
+            return two
         return FewTokens(groups, 16, deep, 1, early=groups == 1 and TILE_K[self.type] == 128)
 
-    def _sixteen(self) -> ManyTokens | None:
-        """For up to 16 tokens, where wgmma is faster: slices in turn save partial sums, long ones hide its start."""
-        words = tile_bytes(self.type) // 128
-        if words <= 18 and self._is_sequential(16, 16):
-            is_wave = self._blocks(16, 16) <= MULTIPROCESSORS
-            return ManyTokens(16, 2, 3, 4, True) if is_wave else ManyTokens(16, 4, 2, 8, True)
-        if words < 32 and self.slices > 1 and self.shape[1] > SHORT_K:
-            return ManyTokens(16, 1, 5 if words <= 18 else 4, 8, False, 2)
-        return None
+    @cached_property
+    def _per_sm(self) -> float:
+        """Strips of all slices, for each multiprocessor."""
+        return tile_grid(self.type, self.shape)[0] * self.slices / MULTIPROCESSORS
+
+    @cached_property
+    def _takes_ring(self) -> bool:
+        """Large, but no vocabulary: with several strips a warp it gains alone, and a model loses more than that."""
+        strips, depth = tile_grid(self.type, self.shape)
+        is_large = strips * depth * tile_bytes(self.type) >= RING_BYTES and tile_bytes(self.type) < LARGEST_RING_TILE
+        return is_large and self._per_sm <= MOST_WARPS_PER_SM
+
+    def _ring(self, groups: int) -> FewTokens:
+        """What is on its way takes no registers, so more warps have room, or fewer tiles ahead do."""
+        is_short = TILE_K[self.type] == 128
+        if self._per_sm > MORE_WARPS_PER_SM:
+            return FewTokens(groups, 14, 2 if tile_bytes(self.type) <= 12 * 128 else 1, 2, early=is_short, ring=True)
+        depth = 2 if self.longest_slice_tiles > (DEEP_SHORT_SLICE if is_short else DEEP_SLICE) else 1
+        four = FewTokens(groups, 4, depth, 4 if self._per_sm <= WARPS_PER_SM else 5, early=True, ring=True)
+        needed = -(-self._per_sm // 4) * (self.shared_bytes(four) + BLOCK_RESERVE)
+        return four if needed <= SHARED_PER_SM else replace(four, warps=8, ctas=2)
 
     def _many(self, num_tokens: int) -> ManyTokens:
         words = tile_bytes(self.type) // 128
@@ -285,14 +301,17 @@ def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, 
     one, two = first.variant(num_rows, card), second.variant(num_rows, card)
     if not isinstance(one, FewTokens) or not isinstance(two, FewTokens):
         return None
-    if (one.groups, one.warps * one.ctas) != (two.groups, two.warps * two.ctas):
+    if (one.groups, one.warps * one.ctas, one.ring) != (two.groups, two.warps * two.ctas, two.ring):
         return None
     one = replace(one, early=one.early and two.early)
     most = one.ctas * num_sms // -(-num_rows // (8 * one.groups))
     blocks = _divided(first, second, one.warps, most)
     launched = (blocks[0] * first.slices + blocks[1] * second.slices) * -(-num_rows // (8 * one.groups))
-    shared = max(first.shared_bytes(one), second.shared_bytes(one), even_share(launched, num_sms, card))
-    return Pair((one, replace(one, depth=two.depth)), blocks, shared)
+    two = replace(one, depth=two.depth)
+    needed = max(first.shared_bytes(one), second.shared_bytes(two))
+    if needed > card.shared_bytes:
+        return None
+    return Pair((one, two), blocks, max(needed, even_share(launched, num_sms, card)))
 
 
 def _divided(first: LinearPlan, second: LinearPlan, warps: int, most: int) -> tuple[int, int]:

@@ -58,7 +58,19 @@ DEVICE float quotient(float a, float b) {
 }
 constexpr u32 MINUS_X2 = 0x80008000u;                                          // xor with it negates both
 
-// ---- loads of weights: each byte is read once, so it is not kept in L1
+// ---- loads of weights
+#if TILES_IN_SHARED  // where whole tiles have been copied to
+DEVICE void load4(u32* d, const char* p) {
+  const uint4 v = *(const uint4*)p;
+  d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+}
+DEVICE void load2(u32* d, const char* p) {
+  const uint2 v = *(const uint2*)p;
+  d[0] = v.x, d[1] = v.y;
+}
+DEVICE u32 load1(const char* p) { return *(const u32*)p; }
+DEVICE u32 load_u16(const char* p) { return *(const u16*)p; }
+#else  // of global memory: each byte is read once, so it is not kept in L1
 DEVICE void load4(u32* d, const char* p) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3},[%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
@@ -76,6 +88,7 @@ DEVICE u32 load_u16(const char* p) {
   asm volatile("ld.global.nc.L1::no_allocate.u16 %0,[%1];" : "=h"(d) : "l"(p));
   return d;
 }
+#endif
 
 // ---- matrix unit
 DEVICE void mma(float* c, const u32* a, const u32* b) {  // c[16 x 8] += a[16 x 16] b[16 x 8]

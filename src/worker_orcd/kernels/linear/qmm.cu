@@ -1,38 +1,70 @@
 // y[t][n] = sum over k of x[t][k] W[n][k] for few tokens, by mma.sync with weights as the first operand.
 //
-// Every warp is on its own: it streams strips of 16 rows from device memory straight into registers, DEPTH tiles
-// ahead, and multiplies them by this CTA's slice of x, which lies in shared memory. The first tiles are fetched, and
-// with EARLY also expanded, before the previous kernel has ended: weights do not depend on it.
+// Every warp is on its own: it streams strips of 16 rows from device memory (see tiles.cuh) and multiplies them by this
+// CTA's slice of x, which lies in shared memory. The first tiles are fetched, and with EARLY also expanded, before the
+// previous kernel has ended: weights do not depend on it.
 // grid (CTAs that share the strips, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
-// CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
+// CTAS (per multiprocessor), EARLY, RING. Sums are taken in the same order at every value of these but the slices.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
 // HALF_END: see weight.cuh. With SECOND, another format, and its SECOND_DEPTH there is `qmm_pair` instead: two matrices
 // times the same x.
-#include "async.cuh"
-#include "weight.cuh"
+#define TILES_IN_SHARED RING
+#include "tiles.cuh"
+
+#define BY_BARRIERS (HOPPER || RING)  // x comes by bulk copies
 
 // x image -> shared memory: pieces of 64 inputs, in each this CTA's token groups
-DEVICE void load_x(u32 to, const char* from, int pieces, int T8, u32 barrier) {
+#if BY_BARRIERS
+DEVICE void make_barriers(u32 first, int count) {
+  for (int i = threadIdx.x; i < count; i += WARPS * 32) barrier_init(first + i * 8, 1);
+  barrier_init_done();
+  __syncthreads();
+}
+DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barrier) {  // by the first warp
   const int piece_bytes = GROUPS * GROUP_BYTES;
-#if HOPPER
-  if (threadIdx.x < 32) {
-    if (threadIdx.x == 0) {
-      barrier_expect(barrier, pieces * piece_bytes);
-      if (T8 == GROUPS) bulk_copy(to, from, pieces * piece_bytes, barrier);
-    }
-    __syncwarp();
-    if (T8 != GROUPS)
-      for (int c = threadIdx.x; c < pieces; c += 32)
-        bulk_copy(to + c * piece_bytes, from + (u64)c * T8 * GROUP_BYTES, piece_bytes, barrier);
+  if (threadIdx.x == 0) {
+    barrier_expect(barrier, pieces * piece_bytes);
+    if (T8 == GROUPS) bulk_copy(to, from, pieces * piece_bytes, barrier);
   }
-  barrier_wait(barrier, 0);
+  __syncwarp();
+  if (T8 != GROUPS)
+    for (int c = threadIdx.x; c < pieces; c += 32)
+      bulk_copy(to + c * piece_bytes, from + (u64)c * T8 * GROUP_BYTES, piece_bytes, barrier);
+}
 #else
+DEVICE void load_x(u32 to, const char* from, int pieces, int T8) {  // by all
+  const int piece_bytes = GROUPS * GROUP_BYTES;
   for (int i = threadIdx.x * 16; i < pieces * piece_bytes; i += WARPS * 512)
     copy16(to + i, from + (u64)(i / piece_bytes) * T8 * GROUP_BYTES + i % piece_bytes);
   copies_done();
   __syncthreads();
+}
 #endif
+
+template <class Weight>
+struct Expanded {  // a tile's operands
+  u32 even[Weight::TILE_K / 32][4], odd[Weight::TILE_K / 32][4];
+  DEVICE void set(Weight& r) {
+#pragma unroll
+    for (int i = 0; i < Weight::TILE_K / 32; i++) {
+      if (i % 4 == 0) r.prepare(i / 4);
+      r.expand(i / 4, i % 4, even[i], odd[i]);
+    }
+  }
+};
+
+// y [T][N] = the sums of a warp's 16 rows from `strip` on, and these begin anew
+DEVICE void store_sums(float (&acc)[GROUPS][4], float scale, float* y, int strip, int T, int N) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, quad = lane & 3;
+#pragma unroll
+  for (int n = 0; n < GROUPS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = (blockIdx.z * GROUPS + n) * 8 + quad * 2 + (i & 1), col = strip * 16 + g + (i >> 1) * 8;
+      if (row < T && col < N) y[(u64)row * N + col] = acc[n][i] * scale;
+      acc[n][i] = 0.f;
+    }
 }
 
 struct Share {  // what a CTA takes of a matrix: strips block, block + blocks ..., each WARPS at a time, of one K slice
@@ -51,41 +83,39 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   int strip = share.block * WARPS + warp;
   const int total = strip < strips ? (strips - strip + step - 1) / step * nt : 0;  // tiles of this warp
 
-  const u64 each = strip_bytes<Weight>(nk);
-  const char* src = w + strip * each + (u64)k0 * Weight::TILE_BYTES;
-  int fetched = 0;
-  auto fetch = [&](Weight& r) {
-    load_tile(r, src, lane, k0 + ++fetched == nk);
-    src += Weight::TILE_BYTES;
-    if (fetched == nt) fetched = 0, src += step * each - (u64)nt * Weight::TILE_BYTES;
-  };
-  Weight r[AHEAD];
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++)
-    if (i < total) fetch(r[i]);
-  start_next_kernel();
-#if EARLY
-  u32 first_even[CHUNKS * 4][4], first_odd[CHUNKS * 4][4];
-  if (total) {
-#pragma unroll
-    for (int h = 0; h < CHUNKS; h++) {
-      r[0].prepare(h);
-#pragma unroll
-      for (int p = 0; p < 4; p++) r[0].expand(h, p, first_even[h * 4 + p], first_odd[h * 4 + p]);
-    }
-    if (AHEAD < total) fetch(r[0]);
-  }
-#endif
+  using Source = Tiles<Weight, AHEAD>;
   const u32 barrier = shared_address(shared), xs = barrier + 1024;
-#if HOPPER
-  if (threadIdx.x == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_done();
-  }
-  __syncthreads();
+  static_assert((1 + WARPS * Source::BARRIERS) * 8 <= 1024);
+#if RING
+  make_barriers(barrier, 1 + WARPS * Source::BARRIERS);
 #endif
-  await_previous_kernel();
-  load_x(xs, x + ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES, pieces, T8, barrier);
+  const u64 each = strip_bytes<Weight>(nk);
+  const Path path = {w + strip * each + (u64)k0 * Weight::TILE_BYTES, step * each - (u64)nt * Weight::TILE_BYTES, nt,
+                     nk - k0 - nt};
+  Source tiles;
+  tiles.begin(path, total, shared + 1024 + pieces * GROUPS * GROUP_BYTES + warp * Source::BYTES,
+              barrier + 8 + warp * Source::BARRIERS * 8);
+  start_next_kernel();
+  x += ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES;
+#if BY_BARRIERS
+  if (!RING) make_barriers(barrier, 1);
+  if (warp == 0) {  // x is asked for as soon as it is there, no matter how far the weights are
+    await_previous_kernel();
+    begin_x(xs, x, pieces, T8, barrier);
+  }
+#endif
+#if EARLY
+  Expanded<Weight> ready;
+  if (total) {
+    ready.set(tiles.take(0));
+    tiles.refill(0);
+  }
+#endif
+#if BY_BARRIERS
+  barrier_wait(barrier, 0);
+#else
+  load_x(xs, x, pieces, T8);
+#endif
 
   float acc[GROUPS][4];
 #pragma unroll
@@ -94,19 +124,8 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
     for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
   u32 xa = xs + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
   asm volatile("" : "+r"(xa)::"memory");  // ldmatrix is no volatile asm: it must not move above the wait
-  const int g = lane >> 2, quad = lane & 3;
   int done = 0;
 
-  auto store = [&] {  // this slice of these 16 rows is complete
-#pragma unroll
-    for (int n = 0; n < GROUPS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int row = (z * GROUPS + n) * 8 + quad * 2 + (i & 1), col = strip * 16 + g + (i >> 1) * 8;
-        if (row < T && col < N) y[((u64)slice * T + row) * N + col] = acc[n][i] * Weight::SCALE;
-        acc[n][i] = 0.f;
-      }
-  };
   auto compute = [&](Weight& r, bool first) {
 #pragma unroll
     for (int h = 0; h < CHUNKS; h++) {
@@ -120,7 +139,7 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
 #if EARLY
         if (first) {
 #pragma unroll
-          for (int i = 0; i < 4; i++) even[i] = first_even[h * 4 + p][i], odd[i] = first_odd[h * 4 + p][i];
+          for (int i = 0; i < 4; i++) even[i] = ready.even[h * 4 + p][i], odd[i] = ready.odd[h * 4 + p][i];
         } else
 #endif
           r.expand(h, p, even, odd);
@@ -132,21 +151,23 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
     }
     xa += STAGES_X * GROUPS * GROUP_BYTES;
     if (++done == nt) {
-      store();
+      store_sums(acc, Weight::SCALE, y + (u64)slice * T * N, strip, T, N);  // this slice of these 16 rows is complete
       done = 0, xa -= pieces * GROUPS * GROUP_BYTES, strip += step;
     }
   };
 
 #if EARLY
-  if (total) compute(r[0], true);
+  Weight none;
+  if (total) compute(none, true);
 #endif
-  for (int i = EARLY; i < total; i += AHEAD) {  // tile i lies in r[i % AHEAD]
+  constexpr int UNROLLED = Source::UNROLLED;
+  for (int i = EARLY; i < total; i += UNROLLED) {
 #pragma unroll
-    for (int d = 0; d < AHEAD; d++) {
+    for (int d = 0; d < UNROLLED; d++) {
       if (i + d >= total) break;
-      Weight& tile = r[(EARLY + d) % AHEAD];
-      compute(tile, false);
-      if (i + d + AHEAD < total) fetch(tile);
+      const int number = (EARLY + d) % UNROLLED;
+      compute(tiles.take(number), false);
+      tiles.refill(number);
     }
   }
 }
