@@ -16,6 +16,7 @@ from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Card, Gpu, Work
+from worker_orcd.kernels.linear import plan as plan_module
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, tiled
 from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
@@ -213,6 +214,26 @@ def test_a_pair_gives_the_bits_of_two_calls(
         assert all(map(torch.equal, found, expected))
         assert len(launched) == (launches if num_rows <= 16 else 2)
         launched.clear()
+
+
+def test_a_pair_through_shared_memory_gives_the_bits_of_two_calls(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two large matrices are taken; these are small, and no other test may have their shapes: plans are kept."""
+    if is_real(gpu) and not gpu.card.has_wgmma:
+        pytest.skip("tiles come by bulk copies on Hopper alone")
+    gpu = gpu if is_real(gpu) else EmulatedGpu(shared_bytes=227 * 1024, has_wgmma=True)
+    one, two = matrix_of(GgmlType.Q4_K, (328, 1536), gpu)[0], matrix_of(GgmlType.Q6_K, (88, 1536), gpu)[0]
+    linear, x = Linear(gpu), rows_of(1536, gpu)
+    direct = FewTokens(1, 4, 2, 2, early=False)
+    monkeypatch.setattr(plan_module, "RING_BYTES", 0)
+    for num_rows in (1, 8):
+        image, expected = Ops(gpu).to_image(x[:num_rows]), []
+        for matrix in (one, two):
+            expected.append(torch.empty(matrix.plan.slices, num_rows, matrix.shape[0], device=gpu.device))
+            linear.multiply(image, matrix, direct, expected[-1])
+        pair = plan_pair(one.plan, two.plan, num_rows, gpu.card, gpu.num_sms)
+        assert pair is not None
+        assert all(variant.ring for variant in pair.variants)
+        assert all(map(torch.equal, linear.pair(image, num_rows, one, two), expected))
 
 
 @pytest.mark.parametrize("num_rows", [1, 16])
