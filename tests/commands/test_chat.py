@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,21 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(server: Live, tmp_path: Path
     assert [turn["role"] for turn in saved["messages"]] == ["user", "assistant"] * 2
     assert saved["messages"][1]["content"].startswith("xxxxx")
     assert saved["min_p"] == 0.1
+
+
+def test_ctrl_c_at_any_moment_beside_the_prompt_does_not_end_it(server: Live) -> None:
+    """While a command is followed or its answer is shown, too."""
+    person = Typist(url(server))
+    person.waits_for("/help lists")
+    for i in range(40):
+        person.type("/set")
+        time.sleep(i * 1e-4)
+        person.process.send_signal(signal.SIGINT)
+    until = time.monotonic() + 40
+    while person.process.poll() is None and time.monotonic() < until:
+        person.type("/quit")  # which an interrupt that is still to come may take with it
+        time.sleep(0.1)
+    assert person.end() == 0
 
 
 def child_of(pid: int) -> int | None:

@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,10 @@ class Conversation:
         self.turns.clear()
         return "forgotten"
 
+    def forget_unanswered(self) -> None:
+        if self.turns and self.turns[-1]["role"] == "user":
+            self.turns.pop()
+
     def save(self, path: str) -> str:
         """Follow `/save`; what to tell. Raises InvalidRequest."""
         if not path:
@@ -121,22 +125,18 @@ class Terminal:
         self.is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
 
-    def lines(self) -> Iterator[str]:
-        """What the person types, until the end of the input."""
+    def line(self) -> str | None:
+        """What the person types next; None at the end of the input."""
         if not self.is_interactive:
-            yield from (line.rstrip("\r\n") for line in sys.stdin)
-            return
+            line = sys.stdin.readline()
+            return line.rstrip("\r\n") if line else None
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() its history and keys
-        while True:
-            try:
-                yield input("\001\033[1;36m\002> \001\033[0m\002")
-            except EOFError:
-                self.console.print()
-                return
-            except KeyboardInterrupt:
-                self.console.print()
-                self.note("Ctrl-D or /quit leaves")
+        try:
+            return input("\001\033[1;36m\002> \001\033[0m\002")
+        except EOFError:
+            self.console.print()
+            return None
 
     def piece(self, text: str, is_thought: bool) -> None:
         """Part of an answer; what could steer the terminal is left out there."""
@@ -190,19 +190,29 @@ def _model(client: WorkerClient) -> str:
 
 
 def _converse(client: WorkerClient, model: str, conversation: Conversation, terminal: Terminal) -> int:
-    status = 0
-    for line in terminal.lines():
-        if line.strip() in ("/quit", "/exit"):
-            break
+    status, is_interrupted = 0, False
+    while True:
         try:
+            if is_interrupted:
+                is_interrupted = False
+                terminal.console.print()
+                terminal.note("Ctrl-D or /quit leaves")
+            line = terminal.line()
+            if line is None or line.strip() in ("/quit", "/exit"):
+                return status
             if line.startswith("/"):
                 terminal.note(_command(line, conversation))
             elif line.strip():
                 _turn(client, model, conversation, terminal, line)
+        except KeyboardInterrupt:  # at whatever moment; what ends an answer does not come here
+            if not terminal.is_interactive:
+                raise
+            is_interrupted = True
         except WorkerError as error:
             terminal.problem(error)
             status = 0 if terminal.is_interactive else 1
-    return status
+        finally:
+            conversation.forget_unanswered()
 
 
 def _command(line: str, conversation: Conversation) -> str:
@@ -234,14 +244,11 @@ def _turn(client: WorkerClient, model: str, conversation: Conversation, terminal
     except KeyboardInterrupt:
         end = " · stopped"
     except WorkerError:
-        conversation.turns.pop()
         if answer.num_pieces:
             terminal.piece("\n", is_thought=False)
         raise
     if answer.text:
         conversation.turns.append({"role": "assistant", "content": answer.text})
-    else:
-        conversation.turns.pop()
     if terminal.is_interactive or not answer.text.endswith("\n"):
         terminal.piece("\n", is_thought=False)
     terminal.note(answer.speed_line() + end)

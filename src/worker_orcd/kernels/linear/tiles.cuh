@@ -10,7 +10,7 @@
 struct Path {  // of a warp through the matrix: `count` tiles of a strip, then `skip` bytes to the next
   const char* at;
   u64 skip;
-  int count, before_end;  // tiles between this slice's last one and the strip's; 0: it may be half a one
+  int count, before_end;  // tiles behind this slice in the strip; with none its last one may be half a tile
   int done;
   DEVICE bool is_half(int tile) const { return HALF_END && before_end == 0 && tile + 1 == count; }
   DEVICE void step(int bytes) {
@@ -40,11 +40,11 @@ struct Tiles {
     load_tile(r, places + got * Weight::TILE_BYTES, lane, path.is_half(taken));
     if (++taken == path.count) taken = 0;
     if (++got == AHEAD) got = 0, phase ^= 1;
-    u32* words = (u32*)&r;
+    u32* words = (u32*)&r;  // all loads stand before this
 #pragma unroll
     for (int i = 0; i < (int)sizeof(r) / 4; i++) asm volatile("" : "+r"(words[i])::"memory");
     __syncwarp();
-    publish_async();  // what is copied to this place comes after these loads
+    publish_async();  // and have come before the next copy to where they read; else it may overtake them
     order();
     return r;
   }
