@@ -104,7 +104,7 @@ def test_a_model_without_an_end_stops_where_the_grammar_does() -> None:
     assert [matcher.advance(byte) for byte in b"2024-12"] == [False] * 6 + [True]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     document=st.recursive(
         st.none() | st.booleans() | st.integers() | TEXTS,

@@ -46,7 +46,7 @@ def best(logits: Tensor, target: int, k: int, hidden: list[int]) -> tuple[list[f
     return [exact[i] for i in [target, *ids]], [target, *ids]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.lists(
         st.lists(st.sampled_from([0.0, -0.0, 1.5, 40.0]) | st.floats(-80, 80, width=32), min_size=9, max_size=9),

@@ -150,7 +150,7 @@ def test_draws_of_one_request_follow_the_distribution_too() -> None:
     assert abs(chi_square(counts, expected_distribution(LOGITS, SamplingParams(7), []))) < 4.0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
     temperature=st.floats(0.01, 2.0),
@@ -186,7 +186,7 @@ def slow_filter(weights: list[int], p: SamplingParams) -> list[int]:
     return [weight if i in kept else 0 for i, weight in enumerate(weights)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     weights=st.lists(st.integers(0, 20) | st.integers(0, 2**40), min_size=1, max_size=30),
     top_k=st.integers(0, 35),

@@ -150,7 +150,7 @@ def test_mirostat_holds_the_surprise_at_its_target() -> None:
         assert np.mean(surprises[50:]) == pytest.approx(tau, abs=0.15)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30),
     temperature=st.floats(0.05, 3.0),
@@ -284,7 +284,7 @@ def slow_dry(tokens: list[int], p: SamplingParams) -> dict[int, float]:
     return {t: p.dry_multiplier * p.dry_base ** (n - p.dry_allowed_length) for t, n in found.items()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40) | st.lists(st.just(1), min_size=1, max_size=20),
     allowed=st.integers(1, 4),

@@ -17,7 +17,7 @@ from worker_orcd.gguf.reader import GgufError, GgufFile, StringArray
 
 MESSAGE = re.compile(r".+\.gguf: .+ at byte \d+: .+", re.DOTALL)
 OWN_DIRECTORY = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 
 

@@ -53,6 +53,22 @@ def test_a_wave_of_wide_blocks_takes_64_tokens(kind: G, n: int, k: int, warpgrou
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "ring"),
+    [
+        (G.Q4_K, 28672, 4096, True), (G.Q4_K, 4096, 14336, True), (G.Q6_K, 3072, 8192, True),
+        (G.Q4_K, 6144, 4096, False), (G.Q6_K, 128256, 4096, False), (G.Q8_0, 201088, 2880, False),
+        (G.Q8_0, 5120, 2880, False), (G.BF16, 28672, 4096, False),
+    ],
+)  # fmt: skip
+def test_large_matrices_but_vocabularies_go_through_shared_memory(kind: G, n: int, k: int, ring: bool) -> None:
+    for num_tokens in (1, 16):
+        for card, expected in ((HOPPER, ring), (ADA, False)):
+            variant = plan_linear(n, k, kind).variant(num_tokens, card)
+            assert isinstance(variant, FewTokens)
+            assert variant.ring is expected
+
+
 @pytest.mark.parametrize("blocks", [1, 23, 132, 133, 456, 1056, 1057])
 def test_no_multiprocessor_has_room_for_more_than_its_share(blocks: int) -> None:
     """228 KiB of an H100 or H200, of which a block takes 1 KiB beyond what it asks for."""

@@ -160,7 +160,7 @@ def test_blocks_fill_the_card_and_hold_the_row(num_rows: int, vocab: int, blocks
 
 
 @NO_COMPILER
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.sampled_from([-3.0, -0.0, 0.0, 1.0, 1.0000001, 2.0, 60.0, -1e30]), min_size=1, max_size=70),
     st.sampled_from([0.3, 1.0, 7.0]),

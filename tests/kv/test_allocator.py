@@ -15,7 +15,7 @@ from worker_orcd.kv.pool import KVShape, allocate_pool, eraser
 def test_any_use_agrees_with_the_model() -> None:
     run_state_machine_as_test(
         AllocatorMachine,
-        settings=settings(max_examples=200, stateful_step_count=60, deadline=None),
+        settings=settings(max_examples=200, stateful_step_count=60),
     )
 
 

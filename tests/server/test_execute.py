@@ -511,7 +511,7 @@ steps = st.one_of(
 stops = st.lists(st.sampled_from(["STOP", "TO", "é", "€ ", "aa", "P"]), max_size=3, unique=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(script=st.lists(steps, max_size=30), stop=stops, max_tokens=st.integers(1, 30))
 def test_any_script_gives_one_ordered_stream_that_loses_no_text(
     script: list[Step], stop: list[str], max_tokens: int

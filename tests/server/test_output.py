@@ -223,7 +223,7 @@ MARKS = [
 HOSTILE = st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=4)), max_size=14).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(sorted(TEMPLATES)), HOSTILE, st.lists(st.integers(0, 200), max_size=6), st.booleans())
 def test_any_cut_of_any_text_gives_the_same(style: str, text: str, cuts: list[int], is_thinking: bool) -> None:
     prompt = "<think>" if is_thinking else ""

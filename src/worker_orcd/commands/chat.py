@@ -83,6 +83,7 @@ class Conversation:
         return "forgotten"
 
     def forget_unanswered(self) -> None:
+        """Of a question that failed, or an interrupt before the first word of an answer."""
         if self.turns and self.turns[-1]["role"] == "user":
             self.turns.pop()
 

@@ -348,7 +348,7 @@ static inline void barrier_wait(u32 barrier, u32 phase) {
   while (shared_barrier(barrier).phase == phase) emu::yield();
 }
 static inline void set_zero16(u32 shared) { memset(emu::shared_base + shared, 0, 16); }
-static inline void publish_async() {}
+static inline void fence_async() {}
 static inline void bulk_copy(u32 shared, const void* from, u32 bytes, u32 barrier) {
   memcpy(emu::shared_base + shared, from, bytes);
   shared_barrier(barrier).bytes -= bytes, shared_barrier(barrier).check();

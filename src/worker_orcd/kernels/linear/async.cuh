@@ -24,7 +24,8 @@ DEVICE void barrier_wait(u32 barrier, u32 phase) {
 DEVICE void set_zero16(u32 shared) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%1,%1,%1};" ::"r"(shared), "r"(0) : "memory");
 }
-DEVICE void publish_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // own stores, for wgmma
+// Own loads and stores before what bulk copies and wgmma do from here on.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void bulk_copy(u32 shared, const void* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(shared),
                "l"(from), "r"(bytes), "r"(barrier) : "memory");

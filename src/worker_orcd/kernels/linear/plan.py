@@ -22,7 +22,7 @@ LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
 FEW_TOKENS = 16  # up to here by mma.sync
 SHORT_K = 8192  # inputs
 DEEP_SLICE, DEEP_SHORT_SLICE = 8, 3  # tiles of 256 and of 128 inputs, beyond which more are fetched ahead
-RING_BYTES, LARGEST_RING_TILE = 18_000_000, 4096  # of a matrix, from which tiles go through shared memory; of a tile
+RING_BYTES = 18_000_000  # of a matrix, from which tiles go through shared memory
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 228 * 1024  # bytes, of which its blocks take a part each
@@ -113,8 +113,8 @@ class LinearPlan:
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)
         groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
-        if card.has_wgmma and self._takes_ring:
-            return self._ring(groups)
+        if card.has_wgmma and self._is_large:
+            return self._large(groups)
         while groups > 1 and self.shared_bytes(self._few(groups)) > card.shared_bytes:
             groups //= 2
         return self._few(groups)
@@ -156,17 +156,18 @@ class LinearPlan:
         return tile_grid(self.type, self.shape)[0] * self.slices / MULTIPROCESSORS
 
     @cached_property
-    def _takes_ring(self) -> bool:
-        """Large, but no vocabulary: with several strips a warp it gains alone, and a model loses more than that."""
+    def _is_large(self) -> bool:
+        """Not the largest: vocabularies, several strips a warp, gain by a ring alone and lose more in a model."""
         strips, depth = tile_grid(self.type, self.shape)
-        is_large = strips * depth * tile_bytes(self.type) >= RING_BYTES and tile_bytes(self.type) < LARGEST_RING_TILE
-        return is_large and self._per_sm <= MOST_WARPS_PER_SM
+        is_quantized = tile_bytes(self.type) < 32 * 128
+        is_large = strips * depth * tile_bytes(self.type) >= RING_BYTES
+        return is_large and is_quantized and self._per_sm <= MOST_WARPS_PER_SM
 
-    def _ring(self, groups: int) -> FewTokens:
-        """What is on its way takes no registers, so more warps have room, or fewer tiles ahead do."""
-        is_short = TILE_K[self.type] == 128
+    def _large(self, groups: int) -> FewTokens:
+        """By a ring: what is on its way takes no registers, so more warps have room, or fewer tiles ahead do."""
+        words, is_short = tile_bytes(self.type) // 128, TILE_K[self.type] == 128
         if self._per_sm > MORE_WARPS_PER_SM:
-            return FewTokens(groups, 14, 2 if tile_bytes(self.type) <= 12 * 128 else 1, 2, early=is_short, ring=True)
+            return FewTokens(groups, 14, 2 if words <= 12 else 1, 2, early=is_short, ring=True)
         depth = 2 if self.longest_slice_tiles > (DEEP_SHORT_SLICE if is_short else DEEP_SLICE) else 1
         four = FewTokens(groups, 4, depth, 4 if self._per_sm <= WARPS_PER_SM else 5, early=True, ring=True)
         needed = -(-self._per_sm // 4) * (self.shared_bytes(four) + BLOCK_RESERVE)

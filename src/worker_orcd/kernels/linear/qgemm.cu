@@ -40,7 +40,7 @@ DEVICE void make_barriers(u32 full) {
 DEVICE void clear_rest(u32 xs, u32 bytes, int lane) {
   for (int i = 0; i < STAGES * PIECES; i++)
     for (u32 at = bytes + lane * 16; at < PIECE_BYTES; at += 512) set_zero16(xs + i * PIECE_BYTES + at);
-  publish_async();
+  fence_async();
   __syncwarp();
 }
 

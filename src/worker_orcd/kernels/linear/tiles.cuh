@@ -44,7 +44,7 @@ struct Tiles {
 #pragma unroll
     for (int i = 0; i < (int)sizeof(r) / 4; i++) asm volatile("" : "+r"(words[i])::"memory");
     __syncwarp();
-    publish_async();  // and have come before the next copy to where they read; else it may overtake them
+    fence_async();  // and have come before the next copy to where they read; else it may overtake them
     order();
     return r;
   }
