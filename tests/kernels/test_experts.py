@@ -159,7 +159,7 @@ def test_experts(kind: GgmlType, is_shared: bool, gpu: Gpu) -> None:
 
 @NO_COMPILER
 def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
-    small, large = EmulatedGpu(shared_bytes=24 * 1024), EmulatedGpu()
+    small, large = EmulatedGpu(shared_bytes=32 * 1024), EmulatedGpu()
     found = []
     for gpu in (small, large):
         ops_ = Ops(gpu)

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.kernels.conftest import NO_GPU
-from tests.kernels.emulator.gpu import EmulatedGpu
 from tests.kernels.weights import HALVES, dequantized, random_raw
 from worker_orcd.errors import CudaError
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Card, Gpu, Work
-from worker_orcd.kernels.linear import plan as plan_module
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, check_equal_bits, kernel_of, tiled
-from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, Variant, plan_linear, plan_pair
+from worker_orcd.kernels.linear.plan import FewTokens, LinearPlan, ManyTokens, Variant, plan_linear, plan_pair
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape
 from worker_orcd.kernels.source import Source
 from worker_orcd.quant import tiles
@@ -31,8 +29,7 @@ WITH_HALVES = [kind for kind in FORMATS if TILE_K[kind] == 128]
 SOME_T = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 299)
 FEW_T = (1, 8)  # emulated: another variant than the 20 rows of the whole
 
-FEW = ((1, 4, 2, 2), (2, 8, 1, 1), (3, 8, 1, 1), (4, 4, 1, 1))  # groups, warps, depth, ctas
-RINGS = ((1, 4, 2, 2), (2, 8, 1, 1), (1, 14, 1, 2), (1, 4, 3, 1))
+FEW = ((1, 4, 2, 2), (2, 8, 1, 1), (3, 8, 1, 1), (4, 4, 1, 1), (1, 14, 1, 2), (1, 4, 3, 1))  # groups, warps, depth, …
 MANY = ((16, 4, 1, 8), (32, 3, 1, 8), (64, 4, 1, 4), (128, 1, 1, 6), (128, 2, 2, 4), (256, 2, 1, 3))
 
 
@@ -106,32 +103,24 @@ def test_half_a_tile_at_the_end_changes_no_bit(kind: GgmlType, gpu: Gpu, monkeyp
     x = rows_of(shape[1], gpu)
     for num_rows in (1, 12, 20, *((300,) if is_real(gpu) else ())):
         assert torch.equal(product(gpu, x[:num_rows], half), product(gpu, x[:num_rows], whole)), num_rows
-    if is_real(gpu) and not gpu.card.has_wgmma:
-        return
-    part, image = torch.empty(half.plan.slices, 8, shape[0], device=gpu.device), Ops(gpu).to_image(x[:8])
-    Linear(gpu).multiply(image, half, FewTokens(1, 4, 2, 2, early=True, ring=True), part)
-    assert torch.equal(Ops(gpu).total([Part(part)]), product(gpu, x[:8], whole))
 
 
-def variants(gpu: Gpu, slices: int) -> list[Variant]:
+def variants(plan: LinearPlan, gpu: Gpu) -> list[Variant]:
+    """Those that shared memory has room for: all, but of 32 bits a weight."""
     few = [FewTokens(*f, early) for f in (FEW if is_real(gpu) else FEW[::2]) for early in (False, True)]
-    rings = [
-        FewTokens(*f, early, ring=True) for f in (RINGS if is_real(gpu) else RINGS[:1]) for early in (False, True)
-    ]
-    many = [ManyTokens(*m, sequential) for m in MANY for sequential in (False, True)[: 2 if slices > 1 else 1]]
-    if gpu.card.has_wgmma:
-        return [*few, *rings, *many]
-    return few if is_real(gpu) else [*few, *rings]
+    many = [ManyTokens(*m, sequential) for m in MANY for sequential in (False, True)[: 2 if plan.slices > 1 else 1]]
+    found: list[Variant] = [*few, *many] if gpu.card.has_wgmma else [*few]
+    return [variant for variant in found if plan.shared_bytes(variant) <= gpu.card.shared_bytes]
 
 
 def check_variants(kind: GgmlType, shape: tuple[int, int], slices: int, gpu: Gpu) -> None:
     matrix, _ = matrix_of(kind, shape, gpu)
     matrix = replace(matrix, plan=plan_linear(*shape, kind, slices))
     linear, ops, x = Linear(gpu), Ops(gpu), rows_of(shape[1], gpu)
-    for variant in variants(gpu, slices):
+    for variant in variants(matrix.plan, gpu):
         gpu.compile_ahead(kernel_of(kind, variant, matrix.has_half)[0])  # all at once
     expected, image = None, ops.to_image(x)
-    for variant in variants(gpu, slices):
+    for variant in variants(matrix.plan, gpu):
         count = 1 if matrix.plan.is_whole(variant) else slices
         part = torch.full((count, len(x), shape[0]), torch.nan, device=gpu.device)
         linear.multiply(image, matrix, variant, part)
@@ -143,20 +132,18 @@ def check_variants(kind: GgmlType, shape: tuple[int, int], slices: int, gpu: Gpu
 @pytest.mark.gpu
 @NO_GPU
 @pytest.mark.parametrize("kind", [GgmlType.Q4_K, GgmlType.Q6_K, GgmlType.MXFP4], ids=lambda kind: kind.name)
-def test_no_tile_of_a_ring_is_overwritten_before_it_is_read(kind: GgmlType) -> None:
-    """Several strips a warp and eight rows to store between them, one launch upon the other."""
+def test_no_tile_is_overwritten_before_it_is_read(kind: GgmlType) -> None:
+    """Several strips a warp and eight rows to store between them, one launch upon the other; as many rows have it."""
     gpu = Gpu(torch.device("cuda", 0))
     raw = random_raw(kind, 65536, 1024, device="cuda")
-    matrix, linear = tiled(pack(raw, kind, (65536, 1024)), kind, (65536, 1024)), Linear(gpu)
-    image = Ops(gpu).to_image(torch.randn(8, 1024, device="cuda"))
-    direct = FewTokens(1, 4, 1, 4, early=False)
-    expected = torch.empty(matrix.plan.slices, 8, 65536, device="cuda")
-    linear.multiply(image, matrix, direct, expected)
-    for variant in (FewTokens(1, 14, 1, 2, early=False, ring=True), FewTokens(1, 4, 2, 4, early=True, ring=True)):
-        found = torch.empty(20, *expected.shape, device="cuda")
+    matrix, linear, ops = tiled(pack(raw, kind, (65536, 1024)), kind, (65536, 1024)), Linear(gpu), Ops(gpu)
+    x = torch.randn(40, 1024, device="cuda")
+    expected, image = product(gpu, x, matrix)[:8], ops.to_image(x[:8])
+    for how in ((1, 14, 1, 2, False), (1, 14, 2, 2, False), (1, 4, 2, 4, True), (1, 8, 3, 2, True)):
+        found = torch.empty(20, matrix.plan.slices, 8, 65536, device="cuda")
         for part in found:
-            linear.multiply(image, matrix, variant, part)
-        assert all(torch.equal(part, expected) for part in found), variant
+            linear.multiply(image, matrix, FewTokens(*how), part)
+        assert all(torch.equal(ops.total([Part(part)]), expected) for part in found), how
 
 
 @pytest.mark.gpu
@@ -216,26 +203,6 @@ def test_a_pair_gives_the_bits_of_two_calls(
         launched.clear()
 
 
-def test_a_pair_through_shared_memory_gives_the_bits_of_two_calls(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As two large matrices are taken; these are small, and no other test may have their shapes: plans are kept."""
-    if is_real(gpu) and not gpu.card.has_wgmma:
-        pytest.skip("tiles come by bulk copies on Hopper alone")
-    gpu = gpu if is_real(gpu) else EmulatedGpu(shared_bytes=227 * 1024, has_wgmma=True)
-    one, two = matrix_of(GgmlType.Q4_K, (328, 1536), gpu)[0], matrix_of(GgmlType.Q6_K, (88, 1536), gpu)[0]
-    linear, x = Linear(gpu), rows_of(1536, gpu)
-    direct = FewTokens(1, 4, 2, 2, early=False)
-    monkeypatch.setattr(plan_module, "RING_BYTES", 0)
-    for num_rows in (1, 8):
-        image, expected = Ops(gpu).to_image(x[:num_rows]), []
-        for matrix in (one, two):
-            expected.append(torch.empty(matrix.plan.slices, num_rows, matrix.shape[0], device=gpu.device))
-            linear.multiply(image, matrix, direct, expected[-1])
-        pair = plan_pair(one.plan, two.plan, num_rows, gpu.card, gpu.num_sms)
-        assert pair is not None
-        assert all(variant.ring for variant in pair.variants)
-        assert all(map(torch.equal, linear.pair(image, num_rows, one, two), expected))
-
-
 @pytest.mark.parametrize("num_rows", [1, 16])
 @pytest.mark.parametrize(("n", "k"), [((1024, 128), 896), ((5120, 1024), 4096), ((14336, 14336), 4096)])
 def test_a_pair_fills_the_card_once(n: tuple[int, int], k: int, num_rows: int) -> None:
@@ -244,12 +211,12 @@ def test_a_pair_fills_the_card_once(n: tuple[int, int], k: int, num_rows: int) -
     for first, second in (plans, plans[::-1]):
         pair = plan_pair(first, second, num_rows, Card(True, 227 * 1024), 132)
         assert pair is not None
-        for plan, variant in zip((first, second), pair.variants, strict=True):
-            assert 227 * 1024 >= pair.shared_bytes >= plan.shared_bytes(variant)
+        for plan in (first, second):
+            assert 227 * 1024 >= pair.shared_bytes >= plan.shared_bytes(pair.variant)
         blocks = pair.blocks[0] * first.slices + pair.blocks[1] * second.slices
-        assert blocks <= 132 * pair.variants[0].ctas
+        assert blocks <= 132 * pair.variant.ctas
         for plan, count in zip((first, second), pair.blocks, strict=True):
-            assert plan.shape[0] <= 3 * 16 * count * pair.variants[0].warps, "more than three strips for a warp"
+            assert plan.shape[0] <= 3 * 16 * count * pair.variant.warps, "more than three strips for a warp"
 
 
 def test_a_row_that_is_not_a_number_stays_alone(gpu: Gpu) -> None:

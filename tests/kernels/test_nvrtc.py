@@ -71,7 +71,7 @@ def test_a_pair_compiles(num_rows: int, arch: str) -> None:
     first, second = plan_linear(5120, 4096, GgmlType.Q4_K), plan_linear(1024, 4096, GgmlType.Q6_K)
     pair = plan_pair(first, second, num_rows, CARDS[arch], 132)
     assert pair is not None
-    source, name = pair_kernel_of(first.type, second.type, pair.variants)
+    source, name = pair_kernel_of(first.type, second.type, pair.variant)
     assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 

@@ -33,12 +33,12 @@ DEVICE void bulk_copy(u32 shared, const void* from, u32 bytes, u32 barrier) {
 #else
 DEVICE void start_next_kernel() {}
 DEVICE void await_previous_kernel() {}
-DEVICE void copy16(u32 shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared), "l"(from) : "memory");
-}
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
+DEVICE void copy16(u32 shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(shared), "l"(from) : "memory");
+}
 // Groups of copies of 16 bytes, each closed when it has begun; zeros where there is nothing to copy.
 DEVICE void copy16_or_zeros(u32 shared, const void* from, bool is_there) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared), "l"(from), "r"(is_there ? 16 : 0) : "memory");

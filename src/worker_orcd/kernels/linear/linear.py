@@ -118,13 +118,13 @@ class Linear:
             return self(image, num_rows, first), self(image, num_rows, second)
         self._check(image, num_rows, first)
         self._check(image, num_rows, second)
-        (variant, _), args, outs, blocks = pair.variants, list[Argument](), list[Tensor](), 0
+        variant, args, outs, blocks = pair.variant, list[Argument](), list[Tensor](), 0
         for matrix, share in zip((first, second), pair.blocks, strict=True):
             n, slices = matrix.shape[0], matrix.plan.slices
             outs.append(torch.empty(slices, num_rows, n, device=self._gpu.device))
             args += [matrix.tiles, outs[-1], n, matrix.depth, slices, share]
             blocks += slices * share
-        source, name = pair_kernel_of(first.type, second.type, pair.variants, first.has_half)
+        source, name = pair_kernel_of(first.type, second.type, variant, first.has_half)
         work = Work((blocks, 1, -(-num_rows // (8 * variant.groups))), variant.warps * 32, pair.shared_bytes)
         self._gpu.launch(source, name, work, [*args, image, num_rows, image.shape[1]])
         return outs[0], outs[1]
@@ -229,6 +229,7 @@ def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped:
             DEPTH=variant.depth,
             PIECES=pieces,
             STAGES=buffers,
+            TILES_IN_SHARED=int(not variant.has_tiles_in_registers),
             SEQUENTIAL=int(variant.sequential),
             SHARED_SUMS=int(variant.has_shared_sums),
             CTAS=variant.ctas,
@@ -247,7 +248,6 @@ def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped:
         DEPTH=variant.depth,
         CTAS=variant.ctas,
         EARLY=int(variant.early),
-        RING=int(variant.ring),
         GROUPED=int(grouped),
     )
     return Source("linear", "qmm.cu", options), "qmm"
@@ -255,12 +255,11 @@ def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped:
 
 @lru_cache(maxsize=1024)
 def pair_kernel_of(
-    first: GgmlType, second: GgmlType, variants: tuple[FewTokens, FewTokens], has_half: bool = False
+    first: GgmlType, second: GgmlType, variant: FewTokens, has_half: bool = False
 ) -> tuple[Source, str]:
     """The source for two formats, and the name of its function; both matrices end with half a tile, or neither."""
-    source, _ = kernel_of(first, variants[0], has_half)
-    options = defined(SECOND=second.name, SECOND_DEPTH=variants[1].depth)
-    return replace(source, options=(*source.options, *options)), "qmm_pair"
+    source, _ = kernel_of(first, variant, has_half)
+    return replace(source, options=(*source.options, *defined(SECOND=second.name))), "qmm_pair"
 
 
 def check_equal_bits(linear: Linear, ops: Ops, device: torch.device) -> None:

@@ -6,6 +6,7 @@ result is too. The rules are what measurements on an H200 (132 multiprocessors) 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -21,8 +22,8 @@ MAX_DIMENSION = 2**31 - 256  # rounded up to whole tiles it is still an int
 LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
 FEW_TOKENS = 16  # up to here by mma.sync
 SHORT_K = 8192  # inputs
-DEEP_SLICE, DEEP_SHORT_SLICE = 8, 3  # tiles of 256 and of 128 inputs, beyond which more are fetched ahead
-RING_BYTES = 18_000_000  # of a matrix, from which tiles go through shared memory
+DEEP_SLICE = 8  # tiles; x of a longer one leaves room for fewer blocks
+MOST_AHEAD = 3  # tiles
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 228 * 1024  # bytes, of which its blocks take a part each
@@ -40,7 +41,6 @@ class FewTokens:
     depth: int  # tiles fetched ahead
     ctas: int
     early: bool  # the first tile is expanded before the kernel ahead has ended
-    ring: bool = False  # tiles go through shared memory
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class ManyTokens:
         is_large = self.tokens > 128 or self.ctas > 1 or self.warpgroups > 2
         return self.sequential and (is_large or self.activation != "")
 
+    @property
+    def has_tiles_in_registers(self) -> bool:
+        """As shared memory is full of x and sums."""
+        return self.tokens == 256 and self.has_shared_sums
+
 
 Variant = FewTokens | ManyTokens
 
@@ -87,8 +92,10 @@ class LinearPlan:
         if isinstance(variant, ManyTokens):
             sums = 256 * variant.tokens * variant.warpgroups if variant.has_shared_sums else 0
             pieces, buffers = ring(self.type, variant)
-            return 3072 + 128 * variant.tokens * pieces * buffers + sums
-        tiles = variant.warps * variant.depth * tile_bytes(self.type) if variant.ring else 0
+            warps = 0 if variant.has_tiles_in_registers else 4 * variant.warpgroups
+            tiles = warps * variant.depth * tile_bytes(self.type)
+            return 3072 + 128 * variant.tokens * pieces * buffers + sums + tiles
+        tiles = variant.warps * variant.depth * tile_bytes(self.type)
         return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024 + tiles
 
     def is_whole(self, variant: Variant) -> bool:
@@ -105,113 +112,87 @@ class LinearPlan:
             return None
         if variant.warpgroups % 2 or self.shape[0] % (64 * variant.warpgroups):
             return None
-        stages = 3 if variant.tokens == 256 else variant.stages
-        return replace(variant, sequential=True, stages=stages, activation=kind)
+        if variant.tokens == 256:
+            variant = replace(variant, depth=2, stages=3)
+        return replace(variant, sequential=True, activation=kind)
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def variant(self, num_tokens: int, card: Card) -> Variant:
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)
         groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
-        if card.has_wgmma and self._is_large:
-            return self._large(groups)
-        while groups > 1 and self.shared_bytes(self._few(groups)) > card.shared_bytes:
+        while groups > 1 and not self.fitting(self._few(groups), card):
             groups //= 2
-        return self._few(groups)
+        return self.fitting(self._few(groups), card)[0]
+
+    def fitting(self, wanted: Iterable[FewTokens], card: Card) -> list[FewTokens]:
+        """Those whose blocks a multiprocessor has shared memory for."""
+        whole = card.shared_bytes + BLOCK_RESERVE
+        return [v for v in wanted if v.ctas * (self.shared_bytes(v) + BLOCK_RESERVE) <= whole]
 
     def variants(self, card: Card) -> set[Variant]:
         """All that `variant` gives."""
         return {self.variant(num_tokens, card) for num_tokens in SAMPLE_TOKENS}
 
-    def _few(self, groups: int) -> FewTokens:
-        words = tile_bytes(self.type) // 128  # registers a tile takes
-        per_sm = self._per_sm
+    def _few(self, groups: int) -> list[FewTokens]:
+        """In order of preference; shared memory may not have room for the first ones."""
+        per_sm, longest = self._per_sm, self.longest_slice_tiles
+        small = [FewTokens(groups, 8, 1, 1, early=False), FewTokens(groups, 4, 1, 1, early=False)]
         if groups == 4:
-            return FewTokens(4, 8, 1, 1, early=False)
-        if words >= 32:  # 16 and 32 bits a weight
-            return FewTokens(groups, 8, 2 if words == 32 else 1, 1, early=False)
-        depth = 1 if self.longest_slice_tiles <= 2 else 2
-        if per_sm <= WARPS_PER_SM // 2 and self.longest_slice_tiles > DEEP_SLICE:
-            return FewTokens(groups, 4, 4 if words <= 18 else 3, 2, early=True)
-        if per_sm <= WARPS_PER_SM and words > 22 and depth == 2:
-            return FewTokens(groups, 8, 2, 2, early=False)
-        if per_sm <= WARPS_PER_SM:
-            is_wide = groups == 2 and TILE_K[self.type] == 256 and self.longest_slice_tiles > 2
-            return (
-                FewTokens(groups, 8, depth, 2, early=True) if is_wide else FewTokens(groups, 4, depth, 4, early=True)
-            )
-        if per_sm <= MORE_WARPS_PER_SM and words <= 18:
-            return FewTokens(groups, 4, 1, 5, early=True)
-        if per_sm <= MOST_WARPS_PER_SM:
-            return FewTokens(groups, 14, 1, 2, early=False)
-        deep = max(1, min(3, 54 // words))
-        two = FewTokens(2, 8, 2, 2, early=TILE_K[self.type] == 128)
-        if groups == 2 and words <= 18 and 2 * (self.shared_bytes(two) + BLOCK_RESERVE) <= SHARED_PER_SM:
-            return two
-        return FewTokens(groups, 16, deep, 1, early=groups == 1 and TILE_K[self.type] == 128)
+            return small
+        if not self.is_quantized:
+            return [FewTokens(groups, 8, 2, 1, early=False), *small]
+        if per_sm <= WARPS_PER_SM // 2 and longest > DEEP_SLICE:
+            wide = [(8, 2, 2), (8, 1, 2), (8, 2, 1)]
+        elif per_sm <= MORE_WARPS_PER_SM:
+            ctas = 4 if per_sm <= WARPS_PER_SM else 5
+            wide = [*((4, depth, ctas) for depth in range(min(longest, MOST_AHEAD), 0, -1)), (8, 1, 2)]
+        elif per_sm <= MOST_WARPS_PER_SM:
+            return [*(FewTokens(groups, 14, depth, 2, early=False) for depth in (2, 1)), *small]
+        else:
+            wide = [(8, 3, 2), (8, 2, 2), (16, 2, 1), (16, 1, 1)]
+        return [*(FewTokens(groups, *how, early=True) for how in wide), *small]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Not of 16 or 32 bits a weight."""
+        return tile_bytes(self.type) < 32 * 128
 
     @cached_property
     def _per_sm(self) -> float:
         """Strips of all slices, for each multiprocessor."""
         return tile_grid(self.type, self.shape)[0] * self.slices / MULTIPROCESSORS
 
-    @cached_property
-    def _is_large(self) -> bool:
-        """Not the largest: vocabularies, several strips a warp, gain by a ring alone and lose more in a model."""
-        strips, depth = tile_grid(self.type, self.shape)
-        is_quantized = tile_bytes(self.type) < 32 * 128
-        is_large = strips * depth * tile_bytes(self.type) >= RING_BYTES
-        return is_large and is_quantized and self._per_sm <= MOST_WARPS_PER_SM
-
-    def _large(self, groups: int) -> FewTokens:
-        """By a ring: what is on its way takes no registers, so more warps have room, or fewer tiles ahead do."""
-        words, is_short = tile_bytes(self.type) // 128, TILE_K[self.type] == 128
-        if self._per_sm > MORE_WARPS_PER_SM:
-            return FewTokens(groups, 14, 2 if words <= 12 else 1, 2, early=is_short, ring=True)
-        depth = 2 if self.longest_slice_tiles > (DEEP_SHORT_SLICE if is_short else DEEP_SLICE) else 1
-        four = FewTokens(groups, 4, depth, 4 if self._per_sm <= WARPS_PER_SM else 5, early=True, ring=True)
-        needed = -(-self._per_sm // 4) * (self.shared_bytes(four) + BLOCK_RESERVE)
-        return four if needed <= SHARED_PER_SM else replace(four, warps=8, ctas=2)
-
     def _many(self, num_tokens: int) -> ManyTokens:
-        words = tile_bytes(self.type) // 128
         tokens = next((t for t in (32, 64, 128) if num_tokens <= t), 256)
-        if words >= 64:
+        if tile_bytes(self.type) >= 64 * 128:
             tokens = min(tokens, 64)
         if tokens == 256 and self.slices > 1 and not self._is_sequential(num_tokens, 256):
             tokens = self._narrow(num_tokens)
         sequential = self._is_sequential(num_tokens, tokens)
-        is_side_by_side = self.slices > 1 and not sequential
-        if tokens == 32 and words < 32 and (is_side_by_side or self._blocks(num_tokens, 32) >= MULTIPROCESSORS):
-            is_light = words <= 18 and self.slices > 1 and self.shape[1] <= SHORT_K
-            return ManyTokens(32, 2, 2, 6, sequential, 2) if is_light else ManyTokens(32, 4, 2, 6, sequential)
-        if tokens == 64 and words < 32:
-            return self._sixty_four(num_tokens, sequential)
-        depth = 1 if words >= 32 else 3 if words <= 18 and tokens == 32 else 2
-        if tokens == 256 and 18 < words < 32 and not sequential:
-            return ManyTokens(256, 2, 1, 4, sequential)
-        stages = 3 if tokens == 256 and sequential else {32: 6, 64: 4}.get(tokens, 6)
-        return ManyTokens(tokens, 2, depth, stages, sequential)
+        if tokens <= 64 and self.is_quantized:
+            return self._wave(num_tokens, tokens, sequential)
+        if tokens == 256:
+            return ManyTokens(256, 2, 2, 3, sequential) if sequential else ManyTokens(256, 2, 1, 4, sequential)
+        return ManyTokens(tokens, 2, 2 if self.is_quantized else 1, {32: 6, 64: 4}.get(tokens, 6), sequential)
 
-    def _sixty_four(self, num_tokens: int, sequential: bool) -> ManyTokens:
-        """By 64 tokens: blocks as wide as let the busiest multiprocessor end first.
+    def _wave(self, num_tokens: int, tokens: int, sequential: bool) -> ManyTokens:
+        """By 32 or 64 tokens: blocks as wide as let the busiest multiprocessor end first.
 
         As measured, a wave of blocks, one on each multiprocessor, takes as long as a block has warpgroups and half a
         one more: a single wave of wide blocks that fills the card is best. Gate above up needs an even number, and is
-        among what leaves no partial sums. Fetched ahead is what registers hold.
+        among what leaves no partial sums.
         """
         is_whole = sequential or self.slices == 1
-        columns = -(-num_tokens // 64) * (1 if is_whole else self.slices)
+        columns = -(-num_tokens // tokens) * (1 if is_whole else self.slices)
 
         def time(warpgroups: int) -> float:
             blocks = -(-self.shape[0] // (64 * warpgroups)) * columns
             return -(-blocks // MULTIPROCESSORS) * (warpgroups + 0.5)
 
         warpgroups = min((4, 2) if is_whole else (4, 3, 2, 1), key=time)
-        registers = {4: 24, 3: 52}.get(warpgroups, 54)
-        least = 2 if TILE_K[self.type] == 128 else 1
-        depth = max(least, min(3, registers // (tile_bytes(self.type) // 128)))
-        return ManyTokens(64, warpgroups, depth, 4, sequential)
+        depth, stages = 2 if TILE_K[self.type] == 128 else 1, 6 if tokens == 32 else 4
+        return ManyTokens(tokens, warpgroups, depth, stages, sequential)
 
     def _narrow(self, num_tokens: int) -> int:
         """Tokens of a block for a matrix of few rows: short slices are better taken in turn, by fewer tokens."""
@@ -231,11 +212,11 @@ def ring(type: GgmlType, variant: ManyTokens) -> tuple[int, int]:
     """Of qgemm's buffers for x: how many pieces of 64 inputs one holds, and how many there are.
 
     Few tokens take the matrix unit so little time that a barrier for each piece would be felt, most where few
-    instructions expand a tile. No buffer may end inside what is unrolled, which is the tiles fetched ahead.
+    instructions expand a tile. No tile's pieces lie in two buffers.
     """
     if variant.tokens > 64:
         return 1, variant.stages
-    if variant.tokens <= 32 and TILE_K[type] == 128 and variant.depth % 2 == 0:
+    if variant.tokens <= 32 and TILE_K[type] == 128:
         return 4, max(2, -(-variant.stages // 2))
     return 2, variant.stages
 
@@ -289,30 +270,29 @@ def even_share(blocks: int, num_sms: int, card: Card) -> int:
 class Pair:
     """How two matrices are multiplied in one launch; nothing in it changes a bit of the results."""
 
-    variants: tuple[FewTokens, FewTokens]  # alike in all but the depth
+    variant: FewTokens
     blocks: tuple[int, int]  # that share the strips of each, for every slice
     shared_bytes: int  # of a block
 
 
 @lru_cache(maxsize=1024)
 def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, num_sms: int) -> Pair | None:
-    """None where a launch of its own is better for each: many rows, or plans with other numbers of registers."""
+    """None where a launch of its own is better for each: many rows, or formats of other numbers of registers."""
     if not 0 < num_rows <= FEW_TOKENS:
         return None
     one, two = first.variant(num_rows, card), second.variant(num_rows, card)
-    if not isinstance(one, FewTokens) or not isinstance(two, FewTokens):
+    if not isinstance(one, FewTokens) or not isinstance(two, FewTokens) or first.is_quantized != second.is_quantized:
         return None
-    if (one.groups, one.warps * one.ctas, one.ring) != (two.groups, two.warps * two.ctas, two.ring):
+    wanted = [replace(v, early=one.early and two.early) for v in (one, two)]
+    wanted += [replace(v, depth=1) for v in wanted]
+    variant = next((v for v in wanted if first.fitting([v], card) and second.fitting([v], card)), None)
+    if variant is None:
         return None
-    one = replace(one, early=one.early and two.early)
-    most = one.ctas * num_sms // -(-num_rows // (8 * one.groups))
-    blocks = _divided(first, second, one.warps, most)
-    launched = (blocks[0] * first.slices + blocks[1] * second.slices) * -(-num_rows // (8 * one.groups))
-    two = replace(one, depth=two.depth)
-    needed = max(first.shared_bytes(one), second.shared_bytes(two))
-    if needed > card.shared_bytes:
-        return None
-    return Pair((one, two), blocks, max(needed, even_share(launched, num_sms, card)))
+    columns = -(-num_rows // (8 * variant.groups))
+    blocks = _divided(first, second, variant.warps, variant.ctas * num_sms // columns)
+    launched = (blocks[0] * first.slices + blocks[1] * second.slices) * columns
+    needed = max(first.shared_bytes(variant), second.shared_bytes(variant))
+    return Pair(variant, blocks, max(needed, even_share(launched, num_sms, card)))
 
 
 def _divided(first: LinearPlan, second: LinearPlan, warps: int, most: int) -> tuple[int, int]:

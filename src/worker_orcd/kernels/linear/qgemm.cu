@@ -1,8 +1,7 @@
 // y[t][n] = sum over k of x[t][k] W[n][k] for many tokens, by wgmma (Hopper), in the same order of sums as qmm.cu.
 //
 // A CTA is WARPGROUPS consumers of 64 rows each (a warp owns the strip of 16 rows) and a producer, which streams x
-// through STAGES buffers, each of PIECES (1, 2 or 4) pieces of TOKENS x 64. Weights go from device memory to registers,
-// DEPTH tiles ahead.
+// through STAGES buffers, each of PIECES (1, 2 or 4) pieces of TOKENS x 64. Weights come DEPTH tiles ahead, see tiles.cuh.
 // grid (groups of 64 WARPGROUPS rows, S slices or 1, groups of TOKENS tokens). With SEQUENTIAL the slices are worked
 // off one after the other and added in order, else each writes its own partial sums. wgmma() is generated for TOKENS.
 // With SHARED_SUMS the sums of slices wait in shared memory: registers hold one set of TOKENS / 2, not two.
@@ -12,14 +11,14 @@
 // the first lets the second begin only when it has waited itself, so the second finds complete whatever the first waited
 // for, and begins without a wait. Its blocks wait for the first before they leave: who waits for the second has waited
 // for both. This holds for blocks without an owner, too.
-#include "async.cuh"
-#include "weight.cuh"
+#include "tiles.cuh"
 #include "wgmma.cuh"
 #ifdef ACTIVATION  // SEQUENTIAL and SHARED_SUMS are too
 #include "activated.cuh"
 #endif
 
 constexpr int SPAN = PIECES > 2 ? PIECES / 2 : 1;  // chunks of 128 inputs that share a barrier; 1 with PIECES 1, too
+constexpr u32 SUMS = SHARED_SUMS * 256 * WARPGROUPS * TOKENS;
 constexpr u32 PIECE_BYTES = TOKENS * 128, STAGE_BYTES = PIECES * PIECE_BYTES;
 
 // Of x for wgmma: 128-byte swizzle, groups of 8 tokens 1024 bytes apart. The lower half counts on with the address, the
@@ -117,11 +116,10 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #endif
     const int strips = (N + 15) / 16;
     const int readable = strip < strips ? strip : strips - 1;  // warps past the end repeat the last and store nothing
-    const char* src = w + readable * strip_bytes<Weight>(nk) + (u64)k0 * Weight::TILE_BYTES;
-    Weight r[DEPTH];
-#pragma unroll
-    for (int i = 0; i < DEPTH; i++)
-      if (i < nt) load_tile(r[i], src, lane, k0 + i + 1 == nk), src += Weight::TILE_BYTES;
+    using Source = Tiles<Weight, DEPTH>;
+    const Path path = {w + readable * strip_bytes<Weight>(nk) + (u64)k0 * Weight::TILE_BYTES, 0, nt, nk - k0 - nt};
+    Source tiles;
+    tiles.begin(path, nt, shared + (xs - full) + STAGES * STAGE_BYTES + SUMS + warp * Source::BYTES);
     if (turn != 2) await_previous_kernel();
     float acc[TOKENS / 2];
     u32 is_begun = 0;  // whether acc holds a part of this slice
@@ -168,14 +166,14 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
         }
       }
     };
-    for (int i = 0; i < nt; i += DEPTH) {
+    constexpr int UNROLLED = Source::UNROLLED * CHUNKS > SPAN ? Source::UNROLLED : SPAN / CHUNKS;
+    for (int i = 0; i < nt; i += UNROLLED) {
 #pragma unroll
-      for (int d = 0; d < DEPTH; d++) {
+      for (int d = 0; d < UNROLLED; d++) {
         if (i + d >= nt) break;
-        compute(r[d], d);
+        compute(tiles.take(d), d);
         is_begun = 1;
-        const int next = i + d + DEPTH;
-        if (next < nt) load_tile(r[d], src, lane, k0 + next + 1 == nk), src += Weight::TILE_BYTES;
+        tiles.refill(d);
 #if SEQUENTIAL
         if (i + d + 1 == slice_end) {
           asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");

@@ -1,26 +1,18 @@
 // y[t][n] = sum over k of x[t][k] W[n][k] for few tokens, by mma.sync with weights as the first operand.
 //
 // Every warp is on its own: it streams strips of 16 rows from device memory (see tiles.cuh) and multiplies them by this
-// CTA's slice of x, which lies in shared memory. The first tiles are fetched, and with EARLY also expanded, before the
+// CTA's slice of x, which lies in shared memory. The first tiles are fetched, and with EARLY one is expanded, before the
 // previous kernel has ended: weights do not depend on it.
 // grid (CTAs that share the strips, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
-// CTAS (per multiprocessor), EARLY, RING. Sums are taken in the same order at every value of these but the slices.
+// CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
-// HALF_END: see weight.cuh. With SECOND, another format, and its SECOND_DEPTH there is `qmm_pair` instead: two matrices
-// times the same x.
-#define TILES_IN_SHARED RING
+// HALF_END: see weight.cuh. With SECOND, another format, there is `qmm_pair` instead: two matrices times the same x.
+#define TILES_IN_SHARED 1
 #include "tiles.cuh"
 
-#define BY_BARRIERS (HOPPER || RING)  // x comes by bulk copies
-
 // x image -> shared memory: pieces of 64 inputs, in each this CTA's token groups
-#if BY_BARRIERS
-DEVICE void make_barriers(u32 first, int count) {
-  for (int i = threadIdx.x; i < count; i += WARPS * 32) barrier_init(first + i * 8, 1);
-  barrier_init_done();
-  __syncthreads();
-}
+#if HOPPER
 DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barrier) {  // by the first warp
   const int piece_bytes = GROUPS * GROUP_BYTES;
   if (threadIdx.x == 0) {
@@ -72,7 +64,7 @@ struct Share {  // what a CTA takes of a matrix: strips block, block + blocks ..
 };
 
 // w: tiles [strips][nk]; x: image [nk STAGES_X][T8][8 tokens][8 units of 16 bytes, unit ^ token]; y: [slices][T][N]
-template <class Weight, int AHEAD>
+template <class Weight>
 DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int T, int T8, Share share) {
   extern __shared__ __align__(1024) char shared[];
   constexpr int CHUNKS = Weight::TILE_K / 128, STAGES_X = Weight::TILE_K / 64;
@@ -83,22 +75,18 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   int strip = share.block * WARPS + warp;
   const int total = strip < strips ? (strips - strip + step - 1) / step * nt : 0;  // tiles of this warp
 
-  using Source = Tiles<Weight, AHEAD>;
+  using Source = Tiles<Weight, DEPTH>;
   const u32 barrier = shared_address(shared), xs = barrier + 1024;
-  static_assert((1 + WARPS * Source::BARRIERS) * 8 <= 1024);
-#if RING
-  make_barriers(barrier, 1 + WARPS * Source::BARRIERS);
-#endif
   const u64 each = strip_bytes<Weight>(nk);
   const Path path = {w + strip * each + (u64)k0 * Weight::TILE_BYTES, step * each - (u64)nt * Weight::TILE_BYTES, nt,
                      nk - k0 - nt};
   Source tiles;
-  tiles.begin(path, total, shared + 1024 + pieces * GROUPS * GROUP_BYTES + warp * Source::BYTES,
-              barrier + 8 + warp * Source::BARRIERS * 8);
+  tiles.begin(path, total, shared + 1024 + pieces * GROUPS * GROUP_BYTES + warp * Source::BYTES);
   start_next_kernel();
   x += ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES;
-#if BY_BARRIERS
-  if (!RING) make_barriers(barrier, 1);
+#if HOPPER
+  if (threadIdx.x == 0) barrier_init(barrier, 1), barrier_init_done();
+  __syncthreads();
   if (warp == 0) {  // x is asked for as soon as it is there, no matter how far the weights are
     await_previous_kernel();
     begin_x(xs, x, pieces, T8, barrier);
@@ -106,12 +94,9 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
 #endif
 #if EARLY
   Expanded<Weight> ready;
-  if (total) {
-    ready.set(tiles.take(0));
-    tiles.refill(0);
-  }
+  if (total) ready.set(tiles.take(0));
 #endif
-#if BY_BARRIERS
+#if HOPPER
   barrier_wait(barrier, 0);
 #else
   load_x(xs, x, pieces, T8);
@@ -160,16 +145,7 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   Weight none;
   if (total) compute(none, true);
 #endif
-  constexpr int UNROLLED = Source::UNROLLED;
-  for (int i = EARLY; i < total; i += UNROLLED) {
-#pragma unroll
-    for (int d = 0; d < UNROLLED; d++) {
-      if (i + d >= total) break;
-      const int number = (EARLY + d) % UNROLLED;
-      compute(tiles.take(number), false);
-      tiles.refill(number);
-    }
-  }
+  for (int i = EARLY; i < total; i++) compute(tiles.take(0), false);
 }
 
 #ifdef SECOND
@@ -180,9 +156,9 @@ qmm_pair(const char* __restrict__ w, float* __restrict__ y, int N, int nk, int s
          const char* __restrict__ x, int T, int T8) {
   const int i = blockIdx.x, j = i - blocks * slices;
   if (j < 0)
-    multiply<FORMAT, DEPTH>(w, x, y, N, nk, T, T8, {i % blocks, blocks, i / blocks, slices});
+    multiply<FORMAT>(w, x, y, N, nk, T, T8, {i % blocks, blocks, i / blocks, slices});
   else
-    multiply<SECOND, SECOND_DEPTH>(w2, x, y2, N2, nk2, T, T8, {j % blocks2, blocks2, j / blocks2, slices2});
+    multiply<SECOND>(w2, x, y2, N2, nk2, T, T8, {j % blocks2, blocks2, j / blocks2, slices2});
 }
 #else
 extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
@@ -197,6 +173,6 @@ qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ 
   w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
 #endif
   const Share mine = {(int)blockIdx.x, (int)gridDim.x, (int)blockIdx.y, (int)gridDim.y};
-  multiply<Weight, DEPTH>(w, x, y, N, nk, T, T8, mine);
+  multiply<Weight>(w, x, y, N, nk, T, T8, mine);
 }
 #endif

@@ -1,8 +1,10 @@
-// How a warp of qmm.cu comes by its tiles: those of one strip after the other, AHEAD of them on their way.
+// How a warp comes by its tiles: those of one strip after the other, AHEAD of them on their way.
 //
-// Straight to registers; or with RING by bulk copies to shared memory, which begin later and then keep more on the way,
-// since registers hold one tile alone: for large matrices. `take` gives tile after tile, the i-th as take(i % UNROLLED),
-// and `refill` with the same number says that it has been used.
+// With TILES_IN_SHARED they are copied to places in shared memory, from where registers take one at a time. Copies are
+// waited for by their number, the oldest while the others are still coming. Of loads to registers that a loop uses in a
+// later turn the compiler lets all raise one and the same signal: to wait for the oldest is to wait for the latest, so for
+// a part of every turn nothing is on its way. They are left where shared memory is full: see ManyTokens.
+// `take` gives tile after tile, the i-th as take(i % UNROLLED), and `refill` with the same number says that it was used.
 #pragma once
 #include "async.cuh"
 #include "weight.cuh"
@@ -19,60 +21,60 @@ struct Path {  // of a warp through the matrix: `count` tiles of a strip, then `
   }
 };
 
-#if RING
+#if TILES_IN_SHARED
 template <class Weight, int AHEAD>
 struct Tiles {
-  static constexpr int UNROLLED = 1, BARRIERS = AHEAD, BYTES = AHEAD * Weight::TILE_BYTES;  // of a warp
+  static constexpr int UNROLLED = 1, BYTES = AHEAD * Weight::TILE_BYTES;  // of a warp
   Path path;
   char* places;
-  u32 barriers, phase;
   int left, put, got, taken, lane;  // taken of a strip
   Weight r;
 
-  // `total` tiles; `barriers` are made, and `places` have room for BYTES
-  DEVICE void begin(const Path& from, int total, char* room, u32 first_barrier) {
-    path = from, left = total, places = room, barriers = first_barrier;
-    phase = put = got = taken = 0, lane = threadIdx.x & 31;
+  // `total` tiles; `room` for BYTES
+  DEVICE void begin(const Path& from, int total, char* room) {
+    path = from, left = total, places = room;
+    put = got = taken = 0, lane = threadIdx.x & 31;
     for (int i = 0; i < AHEAD; i++) order();
   }
   DEVICE Weight& take(int) {
-    barrier_wait(barriers + got * 8, phase);
-    load_tile(r, places + got * Weight::TILE_BYTES, lane, path.is_half(taken));
+    await_copies<AHEAD - 1>();
+    __syncwarp();  // what the other lanes have copied is there, too
+    load_tile(r, places + got, lane, path.is_half(taken));
     if (++taken == path.count) taken = 0;
-    if (++got == AHEAD) got = 0, phase ^= 1;
+    got = next(got);
     u32* words = (u32*)&r;  // all loads stand before this
 #pragma unroll
     for (int i = 0; i < (int)sizeof(r) / 4; i++) asm volatile("" : "+r"(words[i])::"memory");
-    __syncwarp();
-    fence_async();  // and have come before the next copy to where they read; else it may overtake them
+    __syncwarp();  // and those of all lanes before the copy to where they read
     order();
     return r;
   }
   DEVICE void refill(int) {}
 
-  DEVICE void order() {
+  static DEVICE int next(int place) { return place + Weight::TILE_BYTES == BYTES ? 0 : place + Weight::TILE_BYTES; }
+  DEVICE void order() {  // a group of copies for each tile, an empty one where there is none: they are counted
     if (left > 0) {
       left--;
-      if (lane == 0) {
-        const u32 bytes = Weight::TILE_BYTES >> path.is_half(path.done);
-        barrier_expect(barriers + put * 8, bytes);
-        bulk_copy(shared_address(places) + put * Weight::TILE_BYTES, path.at, bytes, barriers + put * 8);
-      }
-      if (++put == AHEAD) put = 0;
+      const int bytes = Weight::TILE_BYTES >> path.is_half(path.done);
+      const u32 to = shared_address(places) + put + lane * 16;
+#pragma unroll
+      for (int i = 0; i < Weight::TILE_BYTES; i += 512)
+        if ((!HALF_END && i + 512 <= Weight::TILE_BYTES) || i + lane * 16 < bytes) copy16(to + i, path.at + i + lane * 16);
+      put = next(put);
       path.step(Weight::TILE_BYTES);
     }
-    __syncwarp();
+    close_copies();
   }
 };
 #else
 template <class Weight, int AHEAD>
 struct Tiles {
-  static constexpr int UNROLLED = AHEAD, BARRIERS = 0, BYTES = 0;
+  static constexpr int UNROLLED = AHEAD, BYTES = 0;
   Path path;
   int left;
   Weight r[AHEAD];
 
-  DEVICE void begin(const Path& from, int total, char*, u32) {
+  DEVICE void begin(const Path& from, int total, char*) {
     path = from, left = total;
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) refill(i);

@@ -22,7 +22,7 @@ from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
 from worker_orcd.kernels.linear.plan import MULTIPROCESSORS, WARPS_PER_SM, FewTokens, LinearPlan, ManyTokens, Variant
 from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import tile_bytes
+from worker_orcd.quant.tiles import TILE_K, tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
 ARRANGERS = 1024  # threads, of experts.cu
@@ -32,7 +32,6 @@ SMALL_UNITS = (24, 32, 48, 64)  # for wgmma, beside others twice as large
 MANY_ROWS = 16  # units from here on are for wgmma
 MOST_STRIPS = 3  # of a warp
 FEW_PAIRS = 128  # for which a thread copies 16 bytes; beyond, four times as many
-SHORT_SLICE = 8  # tiles; expanding the first of them ahead of the wait pays
 WARPS = WARPS_PER_SM * MULTIPROCESSORS
 WAVES = 2.4  # of so many warps: fewer leave multiprocessors idle at the end, more begin too often; measured
 
@@ -59,10 +58,9 @@ class _Row(NamedTuple):
 
 
 GROUPED = (  # the first that fits; as measured for MXFP4, else as registers allow
-    _Row(8, 24, 1, 4, 4, 4),
-    _Row(8, 24, 2, 2, 3, 3),
-    _Row(9, 64, 2, 3, 3, 2),
-    _Row(9, 128, 4, 2, 6, 1),  # many rows share weights among as many rows of a matrix as registers allow
+    _Row(9, 32, 2, 2, 3, 3),
+    _Row(9, 64, 2, 2, 3, 2),
+    _Row(9, 128, 4, 2, 3, 1),  # many rows share weights among as many rows of a matrix as registers allow
     _Row(18, 48, 2, 2, 3, 2),
     _Row(31, 64, 2, 2, 3, 1),
     _Row(31, 128, 2, 2, 6, 1),
@@ -267,21 +265,19 @@ class ExpertOps:
         per_warp = min(MOST_STRIPS, max(1, round(busy * strips * matrix.plan.slices / (WAVES * WARPS))))
         return Grouped(variant, -(-strips // (variant.warps * per_warp)))
 
-    def _variant(self, matrix: TiledMatrix, unit: int, is_even: bool = False) -> Variant:
-        """`is_even`: with an even number of warpgroups, where an activation may follow."""
+    def _variant(self, matrix: TiledMatrix, unit: int) -> Variant:
         card, plan, words = self._gpu.card, matrix.plan, tile_bytes(matrix.type) // 128
         if unit >= MANY_ROWS and card.has_wgmma:
-            row = next(r for r in GROUPED if r.fits(words, unit) and not (is_even and r.warpgroups % 2))
+            row = next(row for row in GROUPED if row.fits(words, unit))
             return ManyTokens(unit, row.warpgroups, row.depth, row.stages, plan.slices > 1, row.ctas)
-        early = unit == 8 and words <= 18 and plan.longest_slice_tiles <= SHORT_SLICE
-        few = FewTokens(unit // 8, 4, max(1, min(3, 54 // words)), 4 if words < 64 else 2, early)
-        while few.groups > 1 and plan.shared_bytes(few) > card.shared_bytes:
-            few = replace(few, groups=few.groups // 2)
-        return few
+        early, groups = unit == 8 and words <= 18, [g for g in (4, 2, 1) if 8 * g <= unit]
+        depths = (3, 2, 1) if TILE_K[matrix.type] == 128 else (2, 1)
+        wanted = [FewTokens(g, 4, d, c, early) for g in groups for c in (4, 2, 1) for d in depths]
+        return plan.fitting(wanted, card)[0]
 
     def _activated(self, matrix: TiledMatrix, unit: int, kind: str) -> ManyTokens | None:
         """The variant with an activation, by whose blocks gate and up must divide: wide ones do so less often."""
-        variant, plan = self._variant(matrix, unit, is_even=True), matrix.plan
+        variant, plan = self._variant(matrix, unit), matrix.plan
         if found := plan.activated(variant, kind):
             return found
         return plan.activated(replace(variant, warpgroups=2), kind) if isinstance(variant, ManyTokens) else None
