@@ -108,6 +108,7 @@ def test_half_a_tile_at_the_end_changes_no_bit(kind: GgmlType, gpu: Gpu, monkeyp
 def variants(plan: LinearPlan, gpu: Gpu) -> list[Variant]:
     """Those that shared memory has room for: all, but of 32 bits a weight."""
     few = [FewTokens(*f, early) for f in (FEW if is_real(gpu) else FEW[::2]) for early in (False, True)]
+    few += [FewTokens(1, 4, depth, 2, early=depth < 3, has_tiles_in_registers=True) for depth in (1, 2, 3)]
     many = [ManyTokens(*m, sequential) for m in MANY for sequential in (False, True)[: 2 if plan.slices > 1 else 1]]
     found: list[Variant] = [*few, *many] if gpu.card.has_wgmma else [*few]
     return [variant for variant in found if plan.shared_bytes(variant) <= gpu.card.shared_bytes]

@@ -3,7 +3,7 @@
 // (their shared memory has to be dynamic, all of it). Slow, exact, free of races by design; running threads in another
 // order (`order`) shows a missing barrier. Stands in for ptx.cuh, async.cuh and wgmma.cuh.
 #pragma once
-#include <math.h>  // C headers only: the C++ ones take longer to compile than our kernels
+#include <math.h>  // the C headers, as gpu.py has it
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -64,7 +64,8 @@ struct Thread {
   void* stack_pointer;
   Index index;
   Block* block;
-  u64 cluster_arrival;
+  const u64* awaited;  // no turn before this is no longer `before`; null: any turn will do
+  u64 before, cluster_arrival;
   bool is_done;
 };
 
@@ -96,9 +97,12 @@ static void entry() {
   yield();
   abort();
 }
-static void wait(const Barrier& barrier, u64 arrival) {
-  while (barrier.generation == arrival) yield();
+static void wait(const u64& generation, u64 before) {
+  if (generation != before) return;
+  self->awaited = &generation, self->before = before;
+  yield();
 }
+static void wait(const Barrier& barrier, u64 arrival) { wait(barrier.generation, arrival); }
 static int lane() { return self->index.x & 31; }
 static Warp& warp() { return self->block->warps[self->index.x >> 5]; }
 template <class T>
@@ -107,10 +111,18 @@ static u32 (*exchange(const T* mine, int count))[8] {  // what each lane of the 
   const u64 generation = w.generation;
   memcpy(w.slots[generation & 1][lane()], mine, count * 4);
   if (++w.arrived == 32) w.arrived = 0, w.generation++;
-  while (w.generation == generation) yield();
+  wait(w.generation, generation);
   return w.slots[generation & 1];
 }
-constexpr size_t STACK = 64 * 1024;
+constexpr size_t STACK = 65 * 1024;  // no power of two, or the tops of all would share a few lines of the cache
+static bool turn(Thread& thread) {  // whether it came further than to look once more
+  if (thread.is_done || (thread.awaited && *thread.awaited == thread.before)) return false;
+  self = &thread, shared_base = thread.block->shared;
+  thread.awaited = nullptr;
+  emu_switch(&scheduler, thread.stack_pointer);
+  if (thread.is_done) thread.block->barrier.leave(), cluster_barrier.leave();
+  return thread.is_done || thread.awaited;
+}
 static void run_cluster(int cluster, int order) {
   const int per_block = threads_.x, n = cluster * per_block;
   cluster_barrier = {0, 0, n};
@@ -119,19 +131,18 @@ static void run_cluster(int cluster, int order) {
     *top-- = nullptr;
     *top = (void*)entry;
     for (int r = 0; r < 6; r++) *--top = nullptr;
-    all[i] = {top, {i % per_block, 0, 0}, &blocks[i / per_block], 0, false};
+    all[i] = {top, {i % per_block, 0, 0}, &blocks[i / per_block], nullptr, 0, 0, false};
   }
-  long idle = 0;
-  for (int left = n; left;) {
-    const int before = left;
-    for (int i = 0; i < n; i++) {
-      self = &all[order == 0 ? i : order == 1 ? n - 1 - i : (i * 7 + 3) % n];  // 7 divides no number in use
-      if (self->is_done) continue;
-      shared_base = self->block->shared;
-      emu_switch(&scheduler, self->stack_pointer);
-      if (self->is_done) left--, self->block->barrier.leave(), cluster_barrier.leave();
-    }
-    idle = left == before ? idle + 1 : 0;
+  for (long idle = 0; cluster_barrier.alive;) {
+    const int before = cluster_barrier.alive;
+    for (int i = 0; i < n; i += 32)
+      for (bool again = true; again;) {
+        again = false;
+        for (int j = i; j < i + 32; j++)
+          if (order) turn(all[order == 1 ? n - 1 - j : (j * 7 + 3) % n]);  // 7 divides no number in use
+          else again |= turn(all[j]);  // a warp goes as far as it can, while its stacks are in the cache
+      }
+    idle = cluster_barrier.alive == before ? idle + 1 : 0;
     if (idle > 1000000) fprintf(stderr, "emulated block hangs\n"), abort();
   }
 }
@@ -174,17 +185,14 @@ static float of_bf16(u32 bits) {
 }
 static u32 to_bf16(double v) {  // to the nearest, ties to even, also below the normal numbers
   if (__builtin_isnan(v)) return 0x7fff;
-  u32 sign = __builtin_signbit(v) ? 0x8000 : 0;
+  const u32 sign = __builtin_signbit(v) ? 0x8000 : 0;
   v = fabs(v);
-  if (v == 0) return sign;
-  int exponent = ilogb(v);
-  if (exponent < -126) exponent = -126;
-  const double steps = nearbyint(ldexp(v, 7 - exponent));  // of 2^(exponent - 7)
-  if (v > 3.4e38 || ldexp(steps, exponent - 7) > 3.3961775292304957e38) return sign | 0x7f80;
-  const float f = (float)ldexp(steps, exponent - 7);
-  u32 wide;
-  memcpy(&wide, &f, 4);
-  return sign | wide >> 16;
+  if (v < 0x1p-126) return sign | (u32)nearbyint(v * 0x1p133);
+  u64 bits;
+  memcpy(&bits, &v, 8);
+  bits += (1ull << 44) - 1 + (bits >> 45 & 1);  // 7 of 52 digits stay; the exponent takes the carry
+  const u64 rounded = (bits >> 45) - ((1023 - 127) << 7);
+  return sign | (rounded < 0x7f80 ? (u32)rounded : 0x7f80);
 }
 }  // namespace emu
 
@@ -281,23 +289,27 @@ static inline void load2(u32* d, const char* p) { memcpy(d, p, 8); }
 static inline u32 load1(const char* p) { u32 d; memcpy(&d, p, 4); return d; }
 static inline u32 load_u16(const char* p) { u16 d; memcpy(&d, p, 2); return d; }
 template <class F>
-static inline void mma_of(float* c, const u32* a, const u32* b, F value) {
+static void mma_of(float* c, const u32* a, const u32* b, F value) {
   u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   u32(*const slots)[8] = emu::exchange(mine, 6);
   const int g = emu::lane() >> 2, quad = emu::lane() & 3;
-  for (int i = 0; i < 4; i++) {
-    const int row = g + (i >> 1) * 8, column = quad * 2 + (i & 1);
-    double sum = c[i];
-    for (int k = 0; k < 16; k++) {
-      const u32 x = slots[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + (k >> 3) * 2] >> (k & 1) * 16;
-      const u32 y = slots[column * 4 + (k & 7) / 2][4 + (k >> 3)] >> (k & 1) * 16;
-      sum += (double)value(x & 0xffff) * value(y & 0xffff);
+  double sums[4] = {c[0], c[1], c[2], c[3]};
+  for (int k = 0; k < 16; k++) {
+    double x[2], y[2];
+    for (int half = 0; half < 2; half++) {
+      x[half] = value(slots[g * 4 + (k & 7) / 2][half + (k >> 3) * 2] >> (k & 1) * 16 & 0xffff);
+      y[half] = value(slots[(quad * 2 + half) * 4 + (k & 7) / 2][4 + (k >> 3)] >> (k & 1) * 16 & 0xffff);
     }
-    c[i] = (float)sum;
+    for (int i = 0; i < 4; i++) sums[i] += x[i >> 1] * y[i & 1];
   }
+  for (int i = 0; i < 4; i++) c[i] = (float)sums[i];
 }
-static inline void mma(float* c, const u32* a, const u32* b) { mma_of(c, a, b, emu::of_bf16); }
-static inline void mma_fp16(float* c, const u32* a, const u32* b) { mma_of(c, a, b, low_half); }
+static inline void mma(float* c, const u32* a, const u32* b) {
+  mma_of(c, a, b, [](u32 bits) { return emu::of_bf16(bits); });
+}
+static inline void mma_fp16(float* c, const u32* a, const u32* b) {
+  mma_of(c, a, b, low_half);  // as a pointer: from fp16 to double at once would take a call
+}
 static inline void load_matrix4(u32* d, u32 shared) {
   u32(*const slots)[8] = emu::exchange(&shared, 1);
   for (int i = 0; i < 4; i++)

@@ -26,6 +26,8 @@ HEADER = Path(__file__).parent / "cuda.h"
 STAND_INS = dict.fromkeys(("ptx.cuh", "async.cuh", "wgmma.cuh"), '#include "cuda.h"\n')
 FLAGS = ("-std=c++17", "-O1", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 FLAGS += ("-fno-gnu-unique", "-fvisibility-inlines-hidden")  # two variants' shared memory of one name is not the same
+FLAGS += ("-nostdinc++", "-nostdlib")  # C headers and libraries: the C++ ones take as long as our kernels
+LIBRARIES = ("-lm", "-lgcc", "-lc")
 COMPILER = shutil.which("g++")
 
 
@@ -81,6 +83,6 @@ def compiled(source: Source, name: str) -> ctypes._NamedFuncPointer:
                 (Path(folder) / file).write_text(content)
             made = Path(folder) / "made.so"
             command = [str(COMPILER), *FLAGS, *source.options, f"-I{folder}", str(Path(folder) / "kernel.cpp")]
-            subprocess.run([*command, "-o", str(made)], check=True)
+            subprocess.run([*command, *LIBRARIES, "-o", str(made)], check=True)
             made.rename(library)
     return ctypes.CDLL(str(library)).emu_run

@@ -248,6 +248,7 @@ def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped:
         DEPTH=variant.depth,
         CTAS=variant.ctas,
         EARLY=int(variant.early),
+        TILES_IN_SHARED=int(not variant.has_tiles_in_registers),
         GROUPED=int(grouped),
     )
     return Source("linear", "qmm.cu", options), "qmm"

@@ -24,6 +24,7 @@ FEW_TOKENS = 16  # up to here by mma.sync
 SHORT_K = 8192  # inputs
 DEEP_SLICE = 8  # tiles; x of a longer one leaves room for fewer blocks
 MOST_AHEAD = 3  # tiles
+SHORT_SLICE_BYTES = 52 * 128  # of tiles, which are asked for all at once or nearly: registers have them sooner
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 SHARED_PER_SM = 228 * 1024  # bytes, of which its blocks take a part each
@@ -41,6 +42,7 @@ class FewTokens:
     depth: int  # tiles fetched ahead
     ctas: int
     early: bool  # the first tile is expanded before the kernel ahead has ended
+    has_tiles_in_registers: bool = False  # else in shared memory
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class ManyTokens:
     @property
     def has_tiles_in_registers(self) -> bool:
         """As shared memory is full of x and sums."""
-        return self.tokens == 256 and self.has_shared_sums
+        return self.tokens * self.warpgroups >= 512 and self.has_shared_sums
 
 
 Variant = FewTokens | ManyTokens
@@ -95,7 +97,8 @@ class LinearPlan:
             warps = 0 if variant.has_tiles_in_registers else 4 * variant.warpgroups
             tiles = warps * variant.depth * tile_bytes(self.type)
             return 3072 + 128 * variant.tokens * pieces * buffers + sums + tiles
-        tiles = variant.warps * variant.depth * tile_bytes(self.type)
+        warps = 0 if variant.has_tiles_in_registers else variant.warps
+        tiles = warps * variant.depth * tile_bytes(self.type)
         return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024 + tiles
 
     def is_whole(self, variant: Variant) -> bool:
@@ -144,6 +147,9 @@ class LinearPlan:
             return [FewTokens(groups, 8, 2, 1, early=False), *small]
         if per_sm <= WARPS_PER_SM // 2 and longest > DEEP_SLICE:
             wide = [(8, 2, 2), (8, 1, 2), (8, 2, 1)]
+        elif per_sm <= WARPS_PER_SM and longest * tile_bytes(self.type) <= SHORT_SLICE_BYTES:
+            depth = 1 if longest <= 2 else 2
+            return [FewTokens(groups, 4, depth, 4, early=True, has_tiles_in_registers=True), *small]
         elif per_sm <= MORE_WARPS_PER_SM:
             ctas = 4 if per_sm <= WARPS_PER_SM else 5
             wide = [*((4, depth, ctas) for depth in range(min(longest, MOST_AHEAD), 0, -1)), (8, 1, 2)]

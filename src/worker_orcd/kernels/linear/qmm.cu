@@ -4,11 +4,10 @@
 // CTA's slice of x, which lies in shared memory. The first tiles are fetched, and with EARLY one is expanded, before the
 // previous kernel has ended: weights do not depend on it.
 // grid (CTAs that share the strips, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
-// CTAS (per multiprocessor), EARLY. Sums are taken in the same order at every value of these but the slices.
+// CTAS (per multiprocessor), EARLY, TILES_IN_SHARED. Sums are taken in the same order at every value of these but the slices.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
 // HALF_END: see weight.cuh. With SECOND, another format, there is `qmm_pair` instead: two matrices times the same x.
-#define TILES_IN_SHARED 1
 #include "tiles.cuh"
 
 // x image -> shared memory: pieces of 64 inputs, in each this CTA's token groups
@@ -94,7 +93,10 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
 #endif
 #if EARLY
   Expanded<Weight> ready;
-  if (total) ready.set(tiles.take(0));
+  if (total) {
+    ready.set(tiles.take(0));
+    tiles.refill(0);
+  }
 #endif
 #if HOPPER
   barrier_wait(barrier, 0);
@@ -145,7 +147,16 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   Weight none;
   if (total) compute(none, true);
 #endif
-  for (int i = EARLY; i < total; i++) compute(tiles.take(0), false);
+  constexpr int UNROLLED = Source::UNROLLED;
+  for (int i = EARLY; i < total; i += UNROLLED) {
+#pragma unroll
+    for (int d = 0; d < UNROLLED; d++) {
+      if (i + d >= total) break;
+      const int number = (EARLY + d) % UNROLLED;
+      compute(tiles.take(number), false);
+      tiles.refill(number);
+    }
+  }
 }
 
 #ifdef SECOND

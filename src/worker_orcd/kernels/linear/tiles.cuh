@@ -3,7 +3,7 @@
 // With TILES_IN_SHARED they are copied to places in shared memory, from where registers take one at a time. Copies are
 // waited for by their number, the oldest while the others are still coming. Of loads to registers that a loop uses in a
 // later turn the compiler lets all raise one and the same signal: to wait for the oldest is to wait for the latest, so for
-// a part of every turn nothing is on its way. They are left where shared memory is full: see ManyTokens.
+// a part of every turn nothing is on its way. Registers are left for slices of few tiles, and where shared memory is full.
 // `take` gives tile after tile, the i-th as take(i % UNROLLED), and `refill` with the same number says that it was used.
 #pragma once
 #include "async.cuh"

@@ -22,7 +22,7 @@ from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
 from worker_orcd.kernels.linear.plan import MULTIPROCESSORS, WARPS_PER_SM, FewTokens, LinearPlan, ManyTokens, Variant
 from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
-from worker_orcd.quant.tiles import TILE_K, tile_bytes
+from worker_orcd.quant.tiles import tile_bytes
 
 MAX_EXPERTS, MAX_USED = 256, 16
 ARRANGERS = 1024  # threads, of experts.cu
@@ -60,7 +60,7 @@ class _Row(NamedTuple):
 GROUPED = (  # the first that fits; as measured for MXFP4, else as registers allow
     _Row(9, 32, 2, 2, 3, 3),
     _Row(9, 64, 2, 2, 3, 2),
-    _Row(9, 128, 4, 2, 3, 1),  # many rows share weights among as many rows of a matrix as registers allow
+    _Row(9, 128, 4, 2, 6, 1),  # many rows share weights among as many rows of a matrix as registers allow
     _Row(18, 48, 2, 2, 3, 2),
     _Row(31, 64, 2, 2, 3, 1),
     _Row(31, 128, 2, 2, 6, 1),
@@ -271,8 +271,7 @@ class ExpertOps:
             row = next(row for row in GROUPED if row.fits(words, unit))
             return ManyTokens(unit, row.warpgroups, row.depth, row.stages, plan.slices > 1, row.ctas)
         early, groups = unit == 8 and words <= 18, [g for g in (4, 2, 1) if 8 * g <= unit]
-        depths = (3, 2, 1) if TILE_K[matrix.type] == 128 else (2, 1)
-        wanted = [FewTokens(g, 4, d, c, early) for g in groups for c in (4, 2, 1) for d in depths]
+        wanted = [FewTokens(g, 4, depth, ctas, early) for g in groups for ctas in (4, 2, 1) for depth in (2, 1)]
         return plan.fitting(wanted, card)[0]
 
     def _activated(self, matrix: TiledMatrix, unit: int, kind: str) -> ManyTokens | None:
