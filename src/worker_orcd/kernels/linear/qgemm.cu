@@ -138,7 +138,8 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #endif
     u32 a[2][4][4], phase = 0, now = full, free = 0;  // the barriers of this stage, and of the one before once it is read
     u32 now_x = lower_of(xs), stage = 0;
-    auto compute = [&](Weight& r, int d) {  // tile d of those that are unrolled
+    auto compute = [&](int d) {  // the next tile, d of those that are unrolled
+      Weight& r = tiles.take(d);
 #pragma unroll
       for (int h = 0; h < CHUNKS; h++) {
         r.prepare(h);
@@ -148,6 +149,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
           const bool ends = PIECES == 1 || (half == 1 && (d * CHUNKS + h + 1) % SPAN == 0);
           r.expand(h, half * 2, a[half][0], a[half][1]);
           r.expand(h, half * 2 + 1, a[half][2], a[half][3]);
+          if (h == CHUNKS - 1 && half == 1) tiles.refill(d);  // before anything is waited for
           if (starts) barrier_wait(now, phase);
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -171,9 +173,8 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #pragma unroll
       for (int d = 0; d < UNROLLED; d++) {
         if (i + d >= nt) break;
-        compute(tiles.take(d), d);
+        compute(d);
         is_begun = 1;
-        tiles.refill(d);
 #if SEQUENTIAL
         if (i + d + 1 == slice_end) {
           asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
