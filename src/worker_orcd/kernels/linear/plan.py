@@ -27,7 +27,6 @@ MOST_AHEAD = 3  # tiles
 SHORT_SLICE_BYTES = 52 * 128  # of tiles, which are asked for all at once or nearly: registers have them sooner
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
-SHARED_PER_SM = 228 * 1024  # bytes, of which its blocks take a part each
 BLOCK_RESERVE = 1024  # bytes of shared memory that each block takes beyond its own
 MOST_SHARED = 8  # blocks of a multiprocessor, beyond which no care is taken that all have as many
 SAMPLE_TOKENS = (1, 16, *(2**i for i in range(5, 16)))  # numbers of tokens that meet every variant of a plan
@@ -62,6 +61,11 @@ class ManyTokens:
         return self.tokens // 8
 
     @property
+    def warps(self) -> int:
+        """Of consumers."""
+        return 4 * self.warpgroups
+
+    @property
     def has_shared_sums(self) -> bool:
         """Whether registers cannot hold the sums of slices beside those of the slice at work, or others read them."""
         is_large = self.tokens > 128 or self.ctas > 1 or self.warpgroups > 2
@@ -91,14 +95,11 @@ class LinearPlan:
 
     def shared_bytes(self, variant: Variant) -> int:
         """Shared memory of a block."""
+        tiles = 0 if variant.has_tiles_in_registers else variant.warps * variant.depth * tile_bytes(self.type)
         if isinstance(variant, ManyTokens):
             sums = 256 * variant.tokens * variant.warpgroups if variant.has_shared_sums else 0
             pieces, buffers = ring(self.type, variant)
-            warps = 0 if variant.has_tiles_in_registers else 4 * variant.warpgroups
-            tiles = warps * variant.depth * tile_bytes(self.type)
             return 3072 + 128 * variant.tokens * pieces * buffers + sums + tiles
-        warps = 0 if variant.has_tiles_in_registers else variant.warps
-        tiles = warps * variant.depth * tile_bytes(self.type)
         return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024 + tiles
 
     def is_whole(self, variant: Variant) -> bool:
