@@ -100,3 +100,5 @@ def test_sample_tokens_meet_every_rule() -> None:
 
 def test_a_benchmark_may_cut_otherwise() -> None:
     assert plan_linear(4096, 4096, G.Q4_K, slices=5).slices == 5
+    with pytest.raises(ValueError, match="56 tiles a slice: no room in 232448 bytes"):
+        plan_linear(4096, 14336, G.Q4_K, slices=1).variant(1, HOPPER)

@@ -122,12 +122,15 @@ class LinearPlan:
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def variant(self, num_tokens: int, card: Card) -> Variant:
+        """Raises ValueError where x of a slice leaves no room for tiles, as only slices asked for can be that long."""
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)
         groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
-        while groups > 1 and not self.fitting(self._few(groups), card):
+        while not (found := self.fitting(self._few(groups), card)):
+            if groups == 1:
+                raise ValueError(f"{self.longest_slice_tiles} tiles a slice: no room in {card.shared_bytes} bytes")
             groups //= 2
-        return self.fitting(self._few(groups), card)[0]
+        return found[0]
 
     def fitting(self, wanted: Iterable[FewTokens], card: Card) -> list[FewTokens]:
         """Those whose blocks a multiprocessor has shared memory for."""
