@@ -122,7 +122,7 @@ class LinearPlan:
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def variant(self, num_tokens: int, card: Card) -> Variant:
-        """Raises ValueError where x of a slice leaves no room for tiles, as only slices asked for can be that long."""
+        """Raises ValueError where x of a slice leaves no room for tiles; only slices asked for can be that long."""
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)
         groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
