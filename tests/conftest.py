@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import lzma
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,19 @@ if not Path("/proc/driver/nvidia").exists():
 # Hypothesis fails an example that takes over 200 ms, which on shared cores is a matter of who else is at work.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays, millions of objects: garbage is not looked for among them."""
+    atexit.register(gc.unfreeze)  # or Triton, when the process ends, calls them leaks
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 

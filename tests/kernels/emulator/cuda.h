@@ -115,14 +115,6 @@ static u32 (*exchange(const T* mine, int count))[8] {  // what each lane of the 
   return w.slots[generation & 1];
 }
 constexpr size_t STACK = 65 * 1024;  // no power of two, or the tops of all would share a few lines of the cache
-static bool turn(Thread& thread) {  // whether it came further than to look once more
-  if (thread.is_done || (thread.awaited && *thread.awaited == thread.before)) return false;
-  self = &thread, shared_base = thread.block->shared;
-  thread.awaited = nullptr;
-  emu_switch(&scheduler, thread.stack_pointer);
-  if (thread.is_done) thread.block->barrier.leave(), cluster_barrier.leave();
-  return thread.is_done || thread.awaited;
-}
 static void run_cluster(int cluster, int order) {
   const int per_block = threads_.x, n = cluster * per_block;
   cluster_barrier = {0, 0, n};
@@ -133,16 +125,18 @@ static void run_cluster(int cluster, int order) {
     for (int r = 0; r < 6; r++) *--top = nullptr;
     all[i] = {top, {i % per_block, 0, 0}, &blocks[i / per_block], nullptr, 0, 0, false};
   }
-  for (long idle = 0; cluster_barrier.alive;) {
-    const int before = cluster_barrier.alive;
-    for (int i = 0; i < n; i += 32)
-      for (bool again = true; again;) {
-        again = false;
-        for (int j = i; j < i + 32; j++)
-          if (order) turn(all[order == 1 ? n - 1 - j : (j * 7 + 3) % n]);  // 7 divides no number in use
-          else again |= turn(all[j]);  // a warp goes as far as it can, while its stacks are in the cache
-      }
-    idle = cluster_barrier.alive == before ? idle + 1 : 0;
+  long idle = 0;
+  for (int left = n; left;) {
+    const int before = left;
+    for (int i = 0; i < n; i++) {
+      self = &all[order == 0 ? i : order == 1 ? n - 1 - i : (i * 7 + 3) % n];  // 7 divides no number in use
+      if (self->is_done || (self->awaited && *self->awaited == self->before)) continue;
+      self->awaited = nullptr;
+      shared_base = self->block->shared;
+      emu_switch(&scheduler, self->stack_pointer);
+      if (self->is_done) left--, self->block->barrier.leave(), cluster_barrier.leave();
+    }
+    idle = left == before ? idle + 1 : 0;
     if (idle > 1000000) fprintf(stderr, "emulated block hangs\n"), abort();
   }
 }
