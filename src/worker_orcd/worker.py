@@ -133,9 +133,9 @@ def _tell_of_memory(narrator: Narrator, problem: str) -> None:
 
 def write_logits(config: WorkerConfig, ids_text: str, out: Path) -> None:
     """Write float32 [tokens, vocab] for the ids in `ids_text` ("1,2,3") as .npy. Raises InvalidRequest."""
+    ids = _parse_ids(ids_text, draw_up(config))
     from worker_orcd.engine.score import score  # imports torch, which `serve` leaves to the engine's process
 
-    ids = _parse_ids(ids_text, draw_up(config))
     blueprint = draw_up(replace(config, context_length=max(2, len(ids)), max_batch=1))  # no more than what is asked
     runtime = load_runtime(config, blueprint, lambda *_: None)
     values = score(runtime, ids, blueprint.max_step_tokens).numpy()
