@@ -40,7 +40,7 @@ DATA = Path(__file__).parent / "data" / "tokenizers"
 
 @pytest.fixture(scope="session")
 def tokenizer_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ggml-vocab-NAME.gguf, .inp (texts) and .out (ids) of five published tokenizers."""
+    """A folder with ggml-vocab-NAME.gguf, .inp (texts) and .out (ids) of six published tokenizers."""
     folder = tmp_path_factory.mktemp("tokenizers")
     for packed in DATA.glob("*.gguf.xz"):
         (folder / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))

@@ -29,10 +29,13 @@ END_IDS = {
     "gpt-2": {50256},
     "llama-bpe": {128001, 128009},
     "llama-spm": {2},
+    "gpt-oss": {199999, 200002, 200012},
 }
 
 
-SIZES = {"qwen2": 151936, "phi-3": 32064, "gpt-2": 50257, "llama-bpe": 128256, "llama-spm": 32000}  # padding included
+SIZES = {  # padding included
+    "qwen2": 151936, "phi-3": 32064, "gpt-2": 50257, "llama-bpe": 128256, "llama-spm": 32000, "gpt-oss": 201088,
+}  # fmt: skip
 MORE = [  # beside the golden texts: special tokens, letters with separate marks, white space around them
     "<|im_start|>user\nhi<|im_end|>\n", "<|user|>\nhi<|end|>\n<|assistant|>  ok", "<s>a b</s>", " <|end|>   x ",
     "e\u0301 cafe\u0301 \u1112\u1161\u11ab \u212b", "\u0958 ﬁ", "a▁b", "  a  b\n\n\nc", "It'S 12345 wasn't", "🦙🇩🇪",
@@ -134,6 +137,32 @@ def test_the_ends_of_gpt_oss(tmp_path: Path) -> None:
     assert tokenizer.eog_ids == {199999, 200002, 200012}
     prompt = "<|start|>assistant<|channel|>final<|message|>"
     assert [i for i in tokenizer.encode(prompt) if i in marks] == [200006, 200005, 200008]
+
+
+HARMONY = [  # with the ids of OpenAI's tiktoken, o200k_harmony, all special tokens allowed
+    (
+        "<|start|>system<|message|>Reasoning: low<|end|><|start|>user<|message|>Schöne Grüße,  你好!<|end|>",
+        [200006, 17360, 200008, 30377, 289, 25, 4465, 200007, 200006, 1428, 200008, 14948, 61362, 99720, 11, 220, 220,
+         177519, 0, 200007],
+    ),
+    (
+        "<|channel|>analysis<|message|>We're  asked…\n\n<|end|><|start|>bot<|channel|>final<|message|>4 <|return|>",
+        [200005, 35644, 200008, 48503, 220, 7747, 4369, 200007, 200006, 13669, 200005, 17196, 200008, 19, 220,
+         200002],
+    ),
+    (
+        "<|call|><|constrain|>json<|reserved_200013|><|reserved_201087|><|endoftext|> <|start",
+        [200012, 200003, 4108, 200013, 201087, 199999, 464, 91, 5236],
+    ),
+]  # fmt: skip
+
+
+def test_conversations_of_gpt_oss(tmp_path: Path) -> None:
+    """Special tokens are read where they are asked for, and only there."""
+    tokenizer = _load(unpack("gpt-oss", tmp_path))
+    for text, ids in HARMONY:
+        assert tokenizer.encode(text, add_special=False, parse_special=True) == ids
+        assert not tokenizer.vocabulary.control & set(tokenizer.encode(text, add_special=False, parse_special=False))
 
 
 @given(st.text(st.sampled_from("aBéßǅ中ा\u0301'sTllREve'd019½ \n\r\t /.,_-!🦙\u00a0\u2028"), max_size=40))

@@ -12,7 +12,7 @@ from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.gguf.writer import write_gguf
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizers"
-PUBLISHED = ("qwen2", "phi-3", "gpt-2", "llama-bpe", "llama-spm")
+PUBLISHED = ("qwen2", "phi-3", "gpt-2", "llama-bpe", "llama-spm", "gpt-oss")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
