@@ -52,6 +52,25 @@ def test_a_wave_of_wide_blocks_takes_32_or_64_tokens(kind: G, n: int, k: int, wa
         assert plan.variant(num_tokens, HOPPER) == wanted
 
 
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "expected"),
+    [
+        (G.Q5_0, 1152, 896, True), (G.Q5_0, 9728, 896, True), (G.Q6_K, 896, 4864, True), (G.Q4_K, 4096, 4096, True),
+        (G.Q4_K, 6144, 4096, False), (G.Q4_K, 28672, 4096, False), (G.Q4_K, 4096, 14336, False),
+        (G.Q8_0, 151936, 896, False), (G.BF16, 4096, 4096, False),
+    ],
+)  # fmt: skip
+def test_registers_have_the_tiles_of_short_slices(kind: G, n: int, k: int, expected: bool) -> None:
+    """All others, and those of many rows but where the sums of 256 fill shared memory, are copied there."""
+    plan = plan_linear(n, k, kind)
+    for card in (HOPPER, ADA):
+        assert plan.variant(1, card).has_tiles_in_registers is expected
+    for num_tokens in (32, 64, 128):
+        assert not plan.variant(num_tokens, HOPPER).has_tiles_in_registers
+    many = plan.variant(2048, HOPPER)
+    assert many.has_tiles_in_registers is (isinstance(many, ManyTokens) and many.tokens == 256 and many.sequential)
+
+
 @pytest.mark.parametrize("blocks", [1, 23, 132, 133, 456, 1056, 1057])
 def test_no_multiprocessor_has_room_for_more_than_its_share(blocks: int) -> None:
     """228 KiB of an H100 or H200, of which a block takes 1 KiB beyond what it asks for."""
