@@ -1,12 +1,10 @@
-"""Fixtures for the whole suite."""
+"""What holds for the whole suite."""
 
 from __future__ import annotations
 
 import atexit
 import gc
-import lzma
 import os
-import shutil
 from collections.abc import Generator
 from pathlib import Path
 
@@ -25,7 +23,7 @@ settings.load_profile("suite")
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported and collected stays, millions of objects: garbage is not looked for among them."""
+    """What is imported and collected stays: garbage is not looked for among them."""
     atexit.register(gc.unfreeze)  # or Triton, when the process ends, calls them leaks
     gc.disable()
     try:
@@ -33,17 +31,3 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-DATA = Path(__file__).parent / "data" / "tokenizers"
-
-
-@pytest.fixture(scope="session")
-def tokenizer_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ggml-vocab-NAME.gguf, .inp (texts) and .out (ids) of six published tokenizers."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    for packed in DATA.glob("*.gguf.xz"):
-        (folder / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
-    for text in (*DATA.glob("*.inp"), *DATA.glob("*.out")):
-        shutil.copy(text, folder)
-    return folder

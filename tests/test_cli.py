@@ -13,6 +13,7 @@ import pytest
 
 from tests import tiny
 from tests.running import all_logits
+from tests.tokenizer.vocabularies import unpack
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.gguf.writer import write_gguf
@@ -85,14 +86,14 @@ def test_plan(model: Path) -> None:
     assert failure("plan", "/nonexistent.gguf").startswith("MODEL_LOAD_FAILED: ")
 
 
-def test_tokenize(tokenizer_data: Path) -> None:
-    vocab = tokenizer_data / "ggml-vocab-qwen2.gguf"
+def test_tokenize(tmp_path: Path) -> None:
+    vocab = unpack("qwen2", tmp_path)
     assert json.loads(ok("tokenize", "--model", vocab, stdin=b"Hello world")) == {"ids": [9707, 1879]}
     assert json.loads(ok("tokenize", "--model", vocab, stdin=b"")) == {"ids": []}
     assert json.loads(ok("tokenize", "--model", vocab, stdin=b"<|im_end|>")) == {"ids": [151645]}
     plain = json.loads(ok("tokenize", "--model", vocab, "--no-parse-special", stdin=b"<|im_end|>"))
     assert len(plain["ids"]) > 1
-    phi = tokenizer_data / "ggml-vocab-phi-3.gguf"
+    phi = unpack("phi-3", tmp_path)
     assert json.loads(ok("tokenize", "--model", phi, "--add-special", stdin=b"Hello"))["ids"][0] == 1
     assert failure("tokenize", "--model", vocab, stdin=b"ok \xff").endswith("not UTF-8 at byte 3")
 

@@ -56,8 +56,8 @@ def main() -> int:
 def _load(host: Any) -> Any:
     """The engine of a Setup that is still to come, and what looks after its memory.
 
-    Torch is imported while the API process prepares the setup. It makes a million objects, all of which stay: looking
-    for garbage among them, now and before serving, would take half a second.
+    Torch is imported while the API process prepares the setup. All objects it makes stay, so nobody looks for garbage
+    among them, now or before serving.
     """
     gc.disable()
     import torch  # noqa: F401

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.tokenizer.vocabularies import unpack
 from worker_orcd.gguf.reader import GgufFile, StringArray
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.gguf.writer import write_gguf
@@ -80,8 +81,8 @@ def test_a_file_of_the_reference_writer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["phi-3", "gpt-2"])
-def test_published_vocabularies(tokenizer_data: Path, name: str) -> None:
-    agree(tokenizer_data / f"ggml-vocab-{name}.gguf")
+def test_published_vocabularies(tmp_path: Path, name: str) -> None:
+    agree(unpack(name, tmp_path))
 
 
 def agree(path: Path) -> None:

@@ -16,13 +16,24 @@ from worker_orcd.backends.base import Backend, Experts, Operand, PackedWeight, S
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.backends.torch_ref import TorchBackend
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.gpu import Card, Gpu
 from worker_orcd.kernels.linear.linear import tiled
-from worker_orcd.kernels.linear.plan import plan_linear
+from worker_orcd.kernels.linear.plan import ManyTokens, plan_linear
 from worker_orcd.kernels.ops import ops
-from worker_orcd.kernels.ops.experts import MAX_EXPERTS, ExpertOps, Routing, unit_counts, unit_rows
+from worker_orcd.kernels.ops.experts import (
+    GROUPED,
+    MAX_EXPERTS,
+    SMALL_UNITS,
+    UNITS,
+    ExpertOps,
+    Routing,
+    unit_counts,
+    unit_rows,
+)
 from worker_orcd.kernels.ops.ops import Ops
+from worker_orcd.quant.format import FORMATS
 from worker_orcd.quant.repack import pack
+from worker_orcd.quant.tiles import tile_bytes
 
 F32 = GgmlType.F32
 
@@ -171,6 +182,19 @@ def test_a_unit_that_shared_memory_cannot_hold_is_taken_in_parts() -> None:
         given = experts.multiply(experts.spread(ops_.to_image(x), routing), matrix, None, routing)
         found.append(experts.combine(given, routing))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_a_multiprocessor_has_room_for_its_blocks_of_any_unit(kind: GgmlType) -> None:
+    """Activated or not."""
+    card, plan = Card(has_wgmma=True, shared_bytes=227 * 1024), plan_linear(256, 2816, kind, 2)
+    for unit in sorted({*UNITS[True], *SMALL_UNITS, *(2 * unit for unit in SMALL_UNITS)} - {8}):
+        row = next(row for row in GROUPED if row.fits(tile_bytes(kind) // 128, unit))
+        variant = ManyTokens(unit, row.warpgroups, row.depth, row.stages, sequential=True, ctas=row.ctas)
+        activated = plan.activated(variant, "clamped")
+        assert activated is not None
+        assert plan.fits(variant, card)
+        assert plan.fits(activated, card)
 
 
 def test_units_hold_about_what_an_expert_has() -> None:

@@ -6,7 +6,6 @@ result is too. The rules are what measurements on an H200 (132 multiprocessors) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -125,17 +124,16 @@ class LinearPlan:
         """Raises ValueError where x of a slice leaves no room for tiles; only slices asked for can be that long."""
         if card.has_wgmma and num_tokens > FEW_TOKENS:
             return self._many(num_tokens)
-        groups = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
-        while not (found := self.fitting(self._few(groups), card)):
-            if groups == 1:
-                raise ValueError(f"{self.longest_slice_tiles} tiles a slice: no room in {card.shared_bytes} bytes")
-            groups //= 2
-        return found[0]
+        most = 1 if num_tokens <= 8 else 2 if num_tokens <= 16 else 4
+        wanted = (variant for groups in (4, 2, 1) if groups <= most for variant in self._few(groups))
+        found = next((variant for variant in wanted if self.fits(variant, card)), None)
+        if found is None:
+            raise ValueError(f"{self.longest_slice_tiles} tiles a slice: no room in {card.shared_bytes} bytes")
+        return found
 
-    def fitting(self, wanted: Iterable[FewTokens], card: Card) -> list[FewTokens]:
-        """Those whose blocks a multiprocessor has shared memory for."""
-        whole = card.shared_bytes + BLOCK_RESERVE
-        return [v for v in wanted if v.ctas * (self.shared_bytes(v) + BLOCK_RESERVE) <= whole]
+    def fits(self, variant: Variant, card: Card) -> bool:
+        """Whether a multiprocessor has shared memory for the blocks that are to be on it."""
+        return variant.ctas * (self.shared_bytes(variant) + BLOCK_RESERVE) <= card.shared_bytes + BLOCK_RESERVE
 
     def variants(self, card: Card) -> set[Variant]:
         """All that `variant` gives."""
@@ -295,7 +293,7 @@ def plan_pair(first: LinearPlan, second: LinearPlan, num_rows: int, card: Card, 
         return None
     wanted = [replace(v, early=one.early and two.early) for v in (one, two)]
     wanted += [replace(v, depth=1) for v in wanted]
-    variant = next((v for v in wanted if first.fitting([v], card) and second.fitting([v], card)), None)
+    variant = next((v for v in wanted if first.fits(v, card) and second.fits(v, card)), None)
     if variant is None:
         return None
     columns = -(-num_rows // (8 * variant.groups))

@@ -271,8 +271,8 @@ class ExpertOps:
             row = next(row for row in GROUPED if row.fits(words, unit))
             return ManyTokens(unit, row.warpgroups, row.depth, row.stages, plan.slices > 1, row.ctas)
         early, groups = unit == 8 and words <= 18, [g for g in (4, 2, 1) if 8 * g <= unit]
-        wanted = [FewTokens(g, 4, depth, ctas, early) for g in groups for ctas in (4, 2, 1) for depth in (2, 1)]
-        return plan.fitting(wanted, card)[0]
+        wanted = (FewTokens(g, 4, depth, ctas, early) for g in groups for ctas in (4, 2, 1) for depth in (2, 1))
+        return next(few for few in wanted if plan.fits(few, card))
 
     def _activated(self, matrix: TiledMatrix, unit: int, kind: str) -> ManyTokens | None:
         """The variant with an activation, by whose blocks gate and up must divide: wide ones do so less often."""
