@@ -149,8 +149,8 @@ def candidates(num_tokens: int) -> Iterator[Variant]:
     if num_tokens <= 32:
         groups = -(-num_tokens // 8)
         for warps, ctas in ((4, 4), (8, 2), (8, 3), (16, 1), (14, 1), (14, 2), (4, 5), (20, 1)):
-            for depth, early in itertools.product((1, 2, 3), (False, True)):
-                yield FewTokens(groups, warps, depth, ctas, early)
+            for depth, early, is_long in itertools.product((1, 2, 3), (False, True), (False, True)):
+                yield FewTokens(groups, warps, depth, ctas, early, is_long=is_long)
     if num_tokens > 8:
         for tokens, groups, stages in (
             (16, 4, 8),

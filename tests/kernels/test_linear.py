@@ -109,6 +109,7 @@ def variants(plan: LinearPlan, gpu: Gpu) -> list[Variant]:
     """Those that shared memory has room for: all, but of 32 bits a weight."""
     few = [FewTokens(*f, early) for f in (FEW if is_real(gpu) else FEW[::2]) for early in (False, True)]
     few += [FewTokens(1, 4, depth, 2, early=depth < 3, has_tiles_in_registers=True) for depth in (1, 2, 3)]
+    few += [FewTokens(*f, early=f[0] < 3, is_long=True) for f in FEW]
     many = [ManyTokens(*m, sequential) for m in MANY for sequential in (False, True)[: 2 if plan.slices > 1 else 1]]
     found: list[Variant] = [*few, *many] if gpu.card.has_wgmma else [*few]
     return [variant for variant in found if plan.shared_bytes(variant) <= gpu.card.shared_bytes]

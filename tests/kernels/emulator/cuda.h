@@ -353,6 +353,10 @@ static inline void barrier_expect(u32 barrier, u32 bytes) {
 static inline void barrier_wait(u32 barrier, u32 phase) {
   while (shared_barrier(barrier).phase == phase) emu::yield();
 }
+static inline bool barrier_is_past(u32 barrier, u32 phase) {
+  if (!shared_barrier(barrier).count) fprintf(stderr, "a barrier that nobody made\n"), abort();
+  return shared_barrier(barrier).phase != phase;
+}
 static inline void set_zero16(u32 shared) { memset(emu::shared_base + shared, 0, 16); }
 static inline void fence_async() {}
 static inline void bulk_copy(u32 shared, const void* from, u32 bytes, u32 barrier) {

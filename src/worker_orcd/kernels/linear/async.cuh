@@ -21,6 +21,12 @@ DEVICE void barrier_wait(u32 barrier, u32 phase) {
       "{.reg .pred P; W: mbarrier.try_wait.parity.shared::cta.b64 P,[%0],%1; @P bra D; bra W; D: }" ::"r"(barrier),
       "r"(phase) : "memory");
 }
+DEVICE bool barrier_is_past(u32 barrier, u32 phase) {  // no wait
+  u32 is;
+  asm volatile("{.reg .pred P; mbarrier.test_wait.parity.shared::cta.b64 P,[%1],%2; selp.u32 %0,1,0,P;}" : "=r"(is)
+               : "r"(barrier), "r"(phase) : "memory");
+  return is;
+}
 DEVICE void set_zero16(u32 shared) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%1,%1,%1};" ::"r"(shared), "r"(0) : "memory");
 }

@@ -246,6 +246,7 @@ def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped:
         GROUPS=variant.groups,
         WARPS=variant.warps,
         DEPTH=variant.depth,
+        LONG=int(variant.is_long),
         CTAS=variant.ctas,
         EARLY=int(variant.early),
         TILES_IN_SHARED=int(not variant.has_tiles_in_registers),

@@ -22,7 +22,7 @@ LONGEST_SLICE = 4096  # inputs; x of 8 tokens then takes 64 KiB of shared memory
 FEW_TOKENS = 16  # up to here by mma.sync
 SHORT_K = 8192  # inputs
 DEEP_SLICE = 8  # tiles; x of a longer one leaves room for fewer blocks
-MOST_AHEAD = 3  # tiles
+MOST_AHEAD = {128: 3, 256: 1}  # tiles of so many inputs; of large ones one is enough, and takes the least code
 SHORT_SLICE_BYTES = 52 * 128  # of tiles, which are asked for all at once or nearly: registers have them sooner
 WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
@@ -41,6 +41,7 @@ class FewTokens:
     ctas: int
     early: bool  # the first tile is expanded before the kernel ahead has ended
     has_tiles_in_registers: bool = False  # else in shared memory
+    is_long: bool = False  # for long slices: x is waited for tile by tile, and the loop is unrolled
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,29 @@ class LinearPlan:
 
     def _few(self, groups: int) -> list[FewTokens]:
         """In order of preference; shared memory may not have room for the first ones."""
-        per_sm, longest = self._per_sm, self.longest_slice_tiles
         small = [FewTokens(groups, 8, 1, 1, early=False), FewTokens(groups, 4, 1, 1, early=False)]
         if groups == 4:
             return small
         if not self.is_quantized:
             return [FewTokens(groups, 8, 2, 1, early=False), *small]
+        return [*self._wide(groups), *small]
+
+    def _wide(self, groups: int) -> list[FewTokens]:
+        per_sm, longest, most = self._per_sm, self.longest_slice_tiles, MOST_AHEAD[TILE_K[self.type]]
         if per_sm <= WARPS_PER_SM // 2 and longest > DEEP_SLICE:
-            wide = [(8, 2, 2), (8, 1, 2), (8, 2, 1)]
-        elif per_sm <= WARPS_PER_SM and longest * tile_bytes(self.type) <= SHORT_SLICE_BYTES:
+            blocks = [(8, 2, 2), (8, 1, 2), (8, 2, 1)]
+            return [FewTokens(groups, *block, early=True, is_long=True) for block in blocks]
+        if per_sm <= WARPS_PER_SM and longest * tile_bytes(self.type) <= SHORT_SLICE_BYTES:
             depth = 1 if longest <= 2 else 2
-            return [FewTokens(groups, 4, depth, 4, early=True, has_tiles_in_registers=True), *small]
-        elif per_sm <= MORE_WARPS_PER_SM:
+            return [FewTokens(groups, 4, depth, 4, early=True, has_tiles_in_registers=True)]
+        if per_sm <= MORE_WARPS_PER_SM:
             ctas = 4 if per_sm <= WARPS_PER_SM else 5
-            wide = [*((4, depth, ctas) for depth in range(min(longest, MOST_AHEAD), 0, -1)), (8, 1, 2)]
+            blocks = [*((4, depth, ctas) for depth in range(min(longest, most), 0, -1)), (8, 1, 2)]
         elif per_sm <= MOST_WARPS_PER_SM:
-            return [*(FewTokens(groups, 14, depth, 2, early=False) for depth in (2, 1)), *small]
+            return [FewTokens(groups, 14, depth, 2, early=False) for depth in range(min(2, most), 0, -1)]
         else:
-            wide = [(8, 3, 2), (8, 2, 2), (16, 2, 1), (16, 1, 1)]
-        return [*(FewTokens(groups, *how, early=True) for how in wide), *small]
+            blocks = [(8, 3, 2), (8, 2, 2), (16, 2, 1), (16, 1, 1)]
+        return [FewTokens(groups, *block, early=True) for block in blocks]
 
     @property
     def is_quantized(self) -> bool:

@@ -116,7 +116,7 @@ qgemm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict_
 #endif
     const int strips = (N + 15) / 16;
     const int readable = strip < strips ? strip : strips - 1;  // warps past the end repeat the last and store nothing
-    using Source = Tiles<Weight, DEPTH>;
+    using Source = Tiles<Weight, DEPTH, false>;
     const Path path = {w + readable * strip_bytes<Weight>(nk) + (u64)k0 * Weight::TILE_BYTES, 0, nt, nk - k0 - nt};
     Source tiles;
     tiles.begin(path, nt, shared + (xs - full) + STAGES * STAGE_BYTES + SUMS + warp * Source::BYTES);

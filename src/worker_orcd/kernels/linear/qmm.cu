@@ -3,31 +3,48 @@
 // Every warp is on its own: it streams strips of 16 rows from device memory (see tiles.cuh) and multiplies them by this
 // CTA's slice of x, which lies in shared memory. The first tiles are fetched, and with EARLY one is expanded, before the
 // previous kernel has ended: weights do not depend on it.
-// grid (CTAs that share the strips, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
-// CTAS (per multiprocessor), EARLY, TILES_IN_SHARED. Sums are taken in the same order at every value of these but the slices.
+// grid (CTAs that share the strips, one for each at least, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
+// CTAS (per multiprocessor), EARLY, LONG, TILES_IN_SHARED. Sums are taken in the same order at every value of these but the
+// slices. With LONG x is waited for tile by tile, not all of it, and places of tiles are known when this is compiled: more
+// code, which for long slices is worth the time to fetch it.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
 // HALF_END: see weight.cuh. With SECOND, another format, there is `qmm_pair` instead: two matrices times the same x.
 #include "tiles.cuh"
 
 // x image -> shared memory: pieces of 64 inputs, in each this CTA's token groups
+constexpr int PIECE_BYTES = GROUPS * GROUP_BYTES;
 #if HOPPER
-DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barrier) {  // by the first warp
-  const int piece_bytes = GROUPS * GROUP_BYTES;
+// By the first warp. Its loops are not unrolled: every kernel of a step is fetched anew.
+DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barriers) {
+#if LONG
+#pragma unroll 1
+  for (int c = threadIdx.x * STAGES_X; c < pieces; c += 32 * STAGES_X) {  // x of a tile, which has its own barrier
+    const u32 barrier = barriers + c / STAGES_X * 8;
+    barrier_expect(barrier, STAGES_X * PIECE_BYTES);
+    if (T8 == GROUPS)
+      bulk_copy(to + c * PIECE_BYTES, from + c * PIECE_BYTES, STAGES_X * PIECE_BYTES, barrier);
+    else
+#pragma unroll 1
+      for (int i = c; i < c + STAGES_X; i++)
+        bulk_copy(to + i * PIECE_BYTES, from + (u64)i * T8 * GROUP_BYTES, PIECE_BYTES, barrier);
+  }
+#else
   if (threadIdx.x == 0) {
-    barrier_expect(barrier, pieces * piece_bytes);
-    if (T8 == GROUPS) bulk_copy(to, from, pieces * piece_bytes, barrier);
+    barrier_expect(barriers, pieces * PIECE_BYTES);
+    if (T8 == GROUPS) bulk_copy(to, from, pieces * PIECE_BYTES, barriers);
   }
   __syncwarp();
   if (T8 != GROUPS)
+#pragma unroll 1
     for (int c = threadIdx.x; c < pieces; c += 32)
-      bulk_copy(to + c * piece_bytes, from + (u64)c * T8 * GROUP_BYTES, piece_bytes, barrier);
+      bulk_copy(to + c * PIECE_BYTES, from + (u64)c * T8 * GROUP_BYTES, PIECE_BYTES, barriers);
+#endif
 }
 #else
 DEVICE void load_x(u32 to, const char* from, int pieces, int T8) {  // by all
-  const int piece_bytes = GROUPS * GROUP_BYTES;
-  for (int i = threadIdx.x * 16; i < pieces * piece_bytes; i += WARPS * 512)
-    copy16(to + i, from + (u64)(i / piece_bytes) * T8 * GROUP_BYTES + i % piece_bytes);
+  for (int i = threadIdx.x * 16; i < pieces * PIECE_BYTES; i += WARPS * 512)
+    copy16(to + i, from + (u64)(i / PIECE_BYTES) * T8 * GROUP_BYTES + i % PIECE_BYTES);
   copies_done();
   __syncthreads();
 }
@@ -74,8 +91,8 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   int strip = share.block * WARPS + warp;
   const int total = strip < strips ? (strips - strip + step - 1) / step * nt : 0;  // tiles of this warp
 
-  using Source = Tiles<Weight, DEPTH>;
-  const u32 barrier = shared_address(shared), xs = barrier + 1024;
+  using Source = Tiles<Weight, DEPTH, LONG>;
+  const u32 barriers = shared_address(shared), xs = barriers + 1024;
   const u64 each = strip_bytes<Weight>(nk);
   const Path path = {w + strip * each + (u64)k0 * Weight::TILE_BYTES, step * each - (u64)nt * Weight::TILE_BYTES, nt,
                      nk - k0 - nt};
@@ -84,11 +101,11 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   start_next_kernel();
   x += ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES;
 #if HOPPER
-  if (threadIdx.x == 0) barrier_init(barrier, 1), barrier_init_done();
+  if (threadIdx.x < (LONG ? nt : 1)) barrier_init(barriers + threadIdx.x * 8, 1), barrier_init_done();
   __syncthreads();
   if (warp == 0) {  // x is asked for as soon as it is there, no matter how far the weights are
     await_previous_kernel();
-    begin_x(xs, x, pieces, T8, barrier);
+    begin_x(xs, x, pieces, T8, barriers);
   }
 #endif
 #if EARLY
@@ -98,10 +115,10 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
     tiles.refill(0);
   }
 #endif
-#if HOPPER
-  barrier_wait(barrier, 0);
-#else
+#if !HOPPER
   load_x(xs, x, pieces, T8);
+#elif !LONG
+  barrier_wait(barriers, 0);
 #endif
 
   float acc[GROUPS][4];
@@ -110,10 +127,17 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
 #pragma unroll
     for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
   u32 xa = xs + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
-  asm volatile("" : "+r"(xa)::"memory");  // ldmatrix is no volatile asm: it must not move above the wait
   int done = 0;
+#if HOPPER && LONG
+  bool is_x_there = false;  // of the tile that comes next
+#endif
 
   auto compute = [&](Weight& r, bool first) {
+#if HOPPER && LONG
+    if (!is_x_there) barrier_wait(barriers + done * 8, 0);
+    is_x_there = barrier_is_past(barriers + (done + 1 < nt ? done + 1 : 0) * 8, 0);
+#endif
+    asm volatile("" : "+r"(xa)::"memory");  // ldmatrix is no volatile asm: it must not move above the wait
 #pragma unroll
     for (int h = 0; h < CHUNKS; h++) {
       if (!(EARLY && first)) r.prepare(h);

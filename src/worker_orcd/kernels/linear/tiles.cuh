@@ -5,6 +5,7 @@
 // later turn the compiler lets all raise one and the same signal: to wait for the oldest is to wait for the latest, so for
 // a part of every turn nothing is on its way. Registers are left for slices of few tiles, and where shared memory is full.
 // `take` gives tile after tile, the i-th as take(i % UNROLLED), and `refill` with the same number says that it was used.
+// With FIXED numbers, known when this is compiled, are those of places, too, and nothing is left to work out of them.
 #pragma once
 #include "async.cuh"
 #include "weight.cuh"
@@ -22,9 +23,9 @@ struct Path {  // of a warp through the matrix: `count` tiles of a strip, then `
 };
 
 #if TILES_IN_SHARED
-template <class Weight, int AHEAD>
+template <class Weight, int AHEAD, bool FIXED>
 struct Tiles {
-  static constexpr int UNROLLED = 1, BYTES = AHEAD * Weight::TILE_BYTES;  // of a warp
+  static constexpr int UNROLLED = FIXED ? AHEAD : 1, BYTES = AHEAD * Weight::TILE_BYTES;  // of a warp
   Path path;
   char* places;
   int left, put, got, taken, lane;  // taken of a strip
@@ -34,32 +35,32 @@ struct Tiles {
   DEVICE void begin(const Path& from, int total, char* room) {
     path = from, left = total, places = room;
     put = got = taken = 0, lane = threadIdx.x & 31;
-    for (int i = 0; i < AHEAD; i++) order();
+    for (int i = 0; i < AHEAD; i++) order(i);
   }
-  DEVICE Weight& take(int) {
+  DEVICE Weight& take(int i) {
     await_copies<AHEAD - 1>();
     __syncwarp();  // what the other lanes have copied is there, too
-    load_tile(r, places + got, lane, path.is_half(taken));
+    load_tile(r, places + (FIXED ? i * Weight::TILE_BYTES : got), lane, path.is_half(taken));
     if (++taken == path.count) taken = 0;
     got = next(got);
     u32* words = (u32*)&r;  // all loads stand before this
 #pragma unroll
-    for (int i = 0; i < (int)sizeof(r) / 4; i++) asm volatile("" : "+r"(words[i])::"memory");
+    for (int j = 0; j < (int)sizeof(r) / 4; j++) asm volatile("" : "+r"(words[j])::"memory");
     __syncwarp();  // and those of all lanes before the copy to where they read
-    order();
+    order(i);
     return r;
   }
   DEVICE void refill(int) {}
 
   static DEVICE int next(int place) { return place + Weight::TILE_BYTES == BYTES ? 0 : place + Weight::TILE_BYTES; }
-  DEVICE void order() {  // a group of copies for each tile, an empty one where there is none: they are counted
+  DEVICE void order(int i) {  // a group of copies for each tile, an empty one where there is none: they are counted
     if (left > 0) {
       left--;
       const int bytes = Weight::TILE_BYTES >> path.is_half(path.done);
-      const u32 to = shared_address(places) + put + lane * 16;
+      const u32 to = shared_address(places) + (FIXED ? i * Weight::TILE_BYTES : put) + lane * 16;
 #pragma unroll
-      for (int i = 0; i < Weight::TILE_BYTES; i += 512)
-        if ((!HALF_END && i + 512 <= Weight::TILE_BYTES) || i + lane * 16 < bytes) copy16(to + i, path.at + i + lane * 16);
+      for (int j = 0; j < Weight::TILE_BYTES; j += 512)
+        if ((!HALF_END && j + 512 <= Weight::TILE_BYTES) || j + lane * 16 < bytes) copy16(to + j, path.at + j + lane * 16);
       put = next(put);
       path.step(Weight::TILE_BYTES);
     }
@@ -67,7 +68,7 @@ struct Tiles {
   }
 };
 #else
-template <class Weight, int AHEAD>
+template <class Weight, int AHEAD, bool>
 struct Tiles {
   static constexpr int UNROLLED = AHEAD, BYTES = 0;
   Path path;
