@@ -41,6 +41,15 @@ DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barriers) 
       bulk_copy(to + c * PIECE_BYTES, from + (u64)c * T8 * GROUP_BYTES, PIECE_BYTES, barriers);
 #endif
 }
+struct TilesOfX {  // with LONG, those of a slice, which come one after the other and then stay
+  u32 barriers;
+  int count;
+  bool is_there = false;  // the next one; asked for early, as the answer takes its time
+  DEVICE void await(int tile) {
+    if (!is_there) barrier_wait(barriers + tile * 8, 0);
+    is_there = barrier_is_past(barriers + (tile + 1 < count ? tile + 1 : 0) * 8, 0);
+  }
+};
 #else
 DEVICE void load_x(u32 to, const char* from, int pieces, int T8) {  // by all
   for (int i = threadIdx.x * 16; i < pieces * PIECE_BYTES; i += WARPS * 512)
@@ -128,14 +137,13 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
     for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
   u32 xa = xs + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
   int done = 0;
-#if HOPPER && LONG
-  bool is_x_there = false;  // of the tile that comes next
+#if HOPPER
+  TilesOfX tiles_of_x = {barriers, nt};
 #endif
 
   auto compute = [&](Weight& r, bool first) {
 #if HOPPER && LONG
-    if (!is_x_there) barrier_wait(barriers + done * 8, 0);
-    is_x_there = barrier_is_past(barriers + (done + 1 < nt ? done + 1 : 0) * 8, 0);
+    tiles_of_x.await(done);
 #endif
     asm volatile("" : "+r"(xa)::"memory");  // ldmatrix is no volatile asm: it must not move above the wait
 #pragma unroll
