@@ -71,6 +71,20 @@ def test_registers_have_the_tiles_of_short_slices(kind: G, n: int, k: int, expec
     assert many.has_tiles_in_registers is (isinstance(many, ManyTokens) and many.tokens == 256 and many.sequential)
 
 
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "is_long", "depth"),
+    [
+        (G.Q4_K, 4096, 14336, True, 2), (G.Q6_K, 4096, 14336, True, 2), (G.Q4_K, 6144, 4096, False, 1),
+        (G.Q4_K, 28672, 4096, False, 1), (G.Q8_0, 5120, 2880, False, 3),
+    ],
+)  # fmt: skip
+def test_only_long_slices_take_more_code(kind: G, n: int, k: int, is_long: bool, depth: int) -> None:
+    """And of tiles of 256 inputs one comes ahead, of 128 several."""
+    variant = plan_linear(n, k, kind).variant(1, HOPPER)
+    assert isinstance(variant, FewTokens)
+    assert (variant.is_long, variant.depth) == (is_long, depth)
+
+
 @pytest.mark.parametrize("blocks", [1, 23, 132, 133, 456, 1056, 1057])
 def test_no_multiprocessor_has_room_for_more_than_its_share(blocks: int) -> None:
     """228 KiB of an H100 or H200, of which a block takes 1 KiB beyond what it asks for."""
