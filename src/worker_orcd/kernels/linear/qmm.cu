@@ -6,7 +6,7 @@
 // grid (CTAs that share the strips, one for each at least, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
 // CTAS (per multiprocessor), EARLY, LONG, TILES_IN_SHARED. Sums are taken in the same order at every value of these but the
 // slices. With LONG x is waited for tile by tile, not all of it, and places of tiles are known when this is compiled: more
-// code, which for long slices is worth the time to fetch it.
+// code, which is worth it for long slices only.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
 // of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
 // HALF_END: see weight.cuh. With SECOND, another format, there is `qmm_pair` instead: two matrices times the same x.
@@ -15,7 +15,7 @@
 // x image -> shared memory: pieces of 64 inputs, in each this CTA's token groups
 constexpr int PIECE_BYTES = GROUPS * GROUP_BYTES;
 #if HOPPER
-// By the first warp. Its loops are not unrolled: every kernel of a step is fetched anew.
+// By the first warp. Its loops are not unrolled: a step of a model is faster with less code.
 DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barriers) {
 #if LONG
 #pragma unroll 1
@@ -137,7 +137,7 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
     for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
   u32 xa = xs + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
   int done = 0;
-#if HOPPER
+#if HOPPER && LONG
   TilesOfX tiles_of_x = {barriers, nt};
 #endif
 
