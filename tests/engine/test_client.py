@@ -102,6 +102,12 @@ def test_events_reach_their_reader_in_order() -> None:
         assert await one == [Started(4), Tokens(0, [5]), Tokens(1, [7]), DONE]
         assert await two == [Started(), Tokens(0, [6]), DONE]
         assert len(rig.metrics.queued) == 2
+        three = await rig.open("three")
+        began_s = rig.client._by_id["", "three"].arrived_s + 2.5  # of which the first step is no part
+        rig.link.say((3, Started(0, began_s)), (3, DONE))
+        await three
+        assert rig.metrics.queued[2] == pytest.approx(2500.0)
+        assert [c.arrived_s for c in rig.link.sent if isinstance(c, Submit)][2] == began_s - 2.5
         assert rig.metrics.steps == [step_stats()]
         status = rig.client.status()
         assert (status.num_running, status.num_waiting, status.blocks_used, status.blocks_cached) == (0, 0, 5, 2)

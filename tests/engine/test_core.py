@@ -52,7 +52,7 @@ def test_events_in_order_and_timings_on_the_clock(overlaps: bool) -> None:
         rig.tick()
         rig.clock.now_s += 0.5
     started, *tokens, end = rig.events["a"]
-    assert started == Started(0)
+    assert started == Started(0, 102.0), "when it began, not when that was told"
     assert tokens == [Tokens(i, [10 + i]) for i in range(3)]
     assert isinstance(end, Finished)
     assert end.reason == "max_tokens"
@@ -109,8 +109,8 @@ def test_a_fault_in_one_row_ends_that_request_only_and_erases_its_blocks(overlap
     rig.step.on_chunk = lambda _: None
     rig.submit(request("again", prompt=[6] * 9), request("good again", prompt=[5] * 9))
     rig.run()
-    assert rig.events["again"][0] == Started(0), "what the faulty request had computed was found again"
-    assert rig.events["good again"][0] == Started(8)
+    assert rig.events["again"][0].cached_tokens == 0, "what the faulty request had computed was found again"
+    assert rig.events["good again"][0].cached_tokens == 8
 
 
 @both_ways
@@ -121,11 +121,11 @@ def test_blocks_built_on_a_faulty_prefix_are_forgotten_too(overlaps: bool) -> No
     rig.step.on_chunk = on("second", 1, NumericFault("not finite"))
     rig.submit(request("second", prompt=[6] * 9))
     rig.run()
-    assert rig.events["second"][0] == Started(8)
+    assert rig.events["second"][0].cached_tokens == 8
     rig.step.on_chunk = lambda _: None
     rig.submit(request("third", prompt=[6] * 9))
     rig.run()
-    assert rig.events["third"][0] == Started(0)
+    assert rig.events["third"][0].cached_tokens == 0
 
 
 @both_ways
@@ -323,8 +323,8 @@ def test_prefixes_are_shared_within_a_tenant_only() -> None:
     for name, tenant in (("a", "x"), ("b", "x"), ("c", "y")):
         rig.submit(request(name, prompt=[5] * 9, tenant=tenant))
         rig.run()
-    cached = [rig.events[name][0] for name in "abc"]
-    assert cached == [Started(0), Started(8), Started(0)]
+    cached = [rig.events[name][0].cached_tokens for name in "abc"]
+    assert cached == [0, 8, 0]
 
 
 def test_check_names_what_does_not_add_up() -> None:
@@ -336,3 +336,13 @@ def test_check_names_what_does_not_add_up() -> None:
     assert rig.core.check() == "2 blocks of the KV cache are lost: nobody runs"
     rig.step.allocator._free.append(lost.blocks[0])
     assert "does not add up" in rig.core.check()
+
+
+def test_a_request_arrives_when_it_was_sent_not_when_the_step_before_has_ended() -> None:
+    rig = Rig()
+    rig.core.submit(1, request(max_tokens=1, timeout_s=5.0), rig.clock.now_s - 4.0)
+    rig.clock.now_s += 0.5
+    [(_, started), _, (_, end)] = rig.core.tick().events
+    assert (started.started_s, end.timings.queue_ms) == (100.5, 4500.0)
+    rig.core.submit(2, request(max_tokens=1, timeout_s=5.0), rig.clock.now_s - 5.0)
+    assert [event.code for _, event in rig.core.tick().events] == ["INFERENCE_TIMEOUT"]

@@ -25,7 +25,6 @@ from worker_orcd.engine.request import (
     PromptLogprobs,
     Request,
     SamplingParams,
-    Started,
     TokenLogprob,
     Tokens,
 )
@@ -160,7 +159,7 @@ def test_a_prompt_is_scored_whole_and_once(runtime: Runtime, length: int, overla
     (beside, events), num_rows = run(runtime, plain, scored, overlaps=overlaps)
     assert [e for e in beside if isinstance(e, Tokens)] == [e for e in first if isinstance(e, Tokens)]
     started, told, *tokens, finished = events
-    assert started == Started(0)
+    assert started.cached_tokens == 0
     assert isinstance(told, PromptLogprobs)
     assert isinstance(finished, Finished)
     assert all(isinstance(event, Tokens) for event in tokens)
@@ -202,7 +201,7 @@ def test_mirostat_follows_what_was_drawn(runtime: Runtime, overlaps: bool) -> No
 def test_an_answer_of_no_tokens_only_scores(runtime: Runtime) -> None:
     for overlaps in (False, True):
         ((started, told, finished),), _ = run(runtime, ask(70, 0, prompt_logprobs=True), overlaps=overlaps)
-        assert (started, len(told.tokens), finished.reason) == (Started(0), 70, "max_tokens")
+        assert (started.cached_tokens, len(told.tokens), finished.reason) == (0, 70, "max_tokens")
         assert all(entry.top == [] for entry in told.tokens[1:])
         runtime.allocator.drop_cache()
     ((failed,),), _ = run(runtime, ask(70, 0))

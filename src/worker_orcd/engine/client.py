@@ -199,7 +199,7 @@ class EngineClient:
         self.check_room()
         stream = _Stream(self._next_number, request)
         self._next_number += 1
-        self._link.send(Submit(stream.number, request))
+        self._link.send(Submit(stream.number, request, stream.arrived_s))
         if not self._streams:
             self._stalled_s = 0.0
         self._streams[stream.number] = self._by_id[name] = stream
@@ -271,7 +271,7 @@ class EngineClient:
             stream.post(event)
             return
         if isinstance(event, Started):
-            stream.started_s = time.monotonic()
+            stream.started_s = event.started_s or time.monotonic()
             self._metrics.record_queue_time((stream.started_s - stream.arrived_s) * 1e3)
             stream.post(event)
             return

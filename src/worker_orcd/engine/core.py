@@ -93,10 +93,14 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._sequences) or self._in_flight is not None or bool(self._events)
 
-    def submit(self, number: int, request: Request) -> None:
-        """Queue a request under a number larger than all before; what cannot ever fit fails at once."""
+    def submit(self, number: int, request: Request, arrived_s: float | None = None) -> None:
+        """Queue a request under a number larger than all before; what cannot ever fit fails at once.
+
+        `arrived_s` is by our clock, which may be before the step that has just ended; now when left out.
+        """
         root = root_key(**self._cache_scope, tenant=request.tenant)
-        seq = Sequence.of(request, number, PrefixChain(root, self._step.block_size), self._clock())
+        arrived_s = self._clock() if arrived_s is None else arrived_s
+        seq = Sequence.of(request, number, PrefixChain(root, self._step.block_size), arrived_s)
         seq.end_ids = self._eog_ids.union(request.stop_ids)
         if (problem := self._misfit(seq)) is not None:
             self._events.append((number, Failed(InvalidRequest.code, problem, retriable=False)))
@@ -189,7 +193,7 @@ class EngineCore:
 
     def _begin(self, seq: Sequence) -> None:
         seq.started_s = self._clock()
-        self._events.append((seq.number, Started(seq.num_cached)))
+        self._events.append((seq.number, Started(seq.num_cached, seq.started_s)))
 
     # ------------------------------------------------------------------ computing
 

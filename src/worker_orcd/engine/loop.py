@@ -26,6 +26,7 @@ Inspect = Callable[[], str]  # what is wrong with where tensors lie; empty when 
 class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
     number: int
     request: Request
+    arrived_s: float | None = None  # on the monotonic clock; now when left out
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -149,7 +150,7 @@ class _Inspector:
 
 def _obey(core: EngineCore, command: Command) -> None:
     if isinstance(command, Submit):
-        core.submit(command.number, command.request)
+        core.submit(command.number, command.request, command.arrived_s)
     elif isinstance(command, Cancel):
         core.cancel(command.number)
 

@@ -75,9 +75,10 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """The request has left the queue."""
+    """The request has left the queue. Told with the results of its first step, so it says itself when that was."""
 
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    started_s: float | None = None  # on the monotonic clock, which all processes of a machine share
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

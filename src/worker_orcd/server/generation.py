@@ -220,7 +220,7 @@ class Generation:
                     await self._end(run, "stop_sequence", run.elapsed_ms())
                     return True
             case Started():
-                run.cached_tokens, run.started_s = event.cached_tokens, time.monotonic()
+                run.cached_tokens, run.started_s = event.cached_tokens, event.started_s or time.monotonic()
                 await self._write(self._answer.started(run))
                 self._told_s = time.monotonic()
             case PromptLogprobs():
