@@ -78,6 +78,10 @@ def configs() -> dict[str, tuple[str, PretrainedConfig]]:
             "gemma3",
             Gemma3TextConfig(**gemma | {"num_hidden_layers": 7}, sliding_window=20, rope_parameters=gemma3_rope),
         ),
+        "gemma3-whole": (  # a file that says nothing of windows has none
+            "gemma3",
+            Gemma3TextConfig(**gemma, layer_types=["full_attention"] * 2, rope_parameters=gemma3_rope),
+        ),
         "olmo2": ("olmo2", Olmo2Config(**common)),
         "olmo3": ("olmo2", Olmo3Config(**olmo3)),
         "granite": ("granite", GraniteConfig(**common, **granite, logits_scaling=8.0)),
@@ -109,8 +113,9 @@ def _metadata(arch: str, config: PretrainedConfig) -> dict[str, Any]:
     if "full_attention" in config.rope_parameters:
         config.rope_parameters |= config.rope_parameters["full_attention"]
     metadata = tiny._metadata(arch, config)
+    is_whole = set(getattr(config, "layer_types", None) or ()) == {"full_attention"}
     keys = {
-        "attention.sliding_window": getattr(config, "sliding_window", None) or None,
+        "attention.sliding_window": None if is_whole else getattr(config, "sliding_window", None) or None,
         "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
     }

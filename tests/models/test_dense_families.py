@@ -15,9 +15,11 @@ from tests.running import all_logits, runtime_of
 from worker_orcd.assemble import draw_up
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.score import score
+from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.gguf.writer import write_gguf
+from worker_orcd.models.rope import RopeSpec, rotation_table
 from worker_orcd.models.spec import read_spec
 
 LENGTHS = (1, 7, 64, 300)
@@ -42,6 +44,13 @@ def test_longrope_takes_the_short_factors_for_a_short_context(tmp_path: Path) ->
     short = runtime_of(model.write(tmp_path / "model.gguf"), context_length=tiny_dense.ORIGINAL_CONTEXT)
     for length in (1, 7, 64):
         check_close(score(short, tokens(length), 128), model, tokens(length))
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_factors_of_a_rotation_are_above_zero(wrong: float) -> None:
+    factors = np.array([1.0, wrong, 8.0], np.float32)
+    with pytest.raises(ModelLoadFailed, match=r"tensor rope_freqs\.weight has factors that are not above 0"):
+        rotation_table(RopeSpec(10000.0, 6), factors, 16)
 
 
 def test_gpt2_with_the_names_of_its_checkpoint(tmp_path: Path) -> None:

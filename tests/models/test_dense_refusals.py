@@ -47,7 +47,7 @@ CASES: list[tuple[str, Edit, str]] = [
     ("gemma2", setting("gemma2.attention.sliding_window", 0), "gemma2.attention.sliding_window.* smallest .* 1"),
     ("gemma2", setting("gemma2.attn_logit_softcapping", -1.0), "gemma2.attn_logit_softcapping"),
     ("gemma2", without("blk.1.post_ffw_norm.weight"), "missing tensors: blk.1.post_ffw_norm.weight"),
-    ("gemma3", setting("gemma3.attention.sliding_window", 0), "gemma3.attention.sliding_window"),
+    ("mistral", setting("llama.attention.causal", False), "llama.attention.causal is false"),
     ("gemma3", without("blk.6.attn_k_norm.weight"), "missing tensors: blk.6.attn_k_norm.weight"),
     ("gemma3", setting("gemma3.rope.freq_base_swa", 0.0), "gemma3.rope.freq_base_swa"),
     ("olmo3", setting("olmo2.attention.sliding_window_pattern", [True]), "sliding_window_pattern must say yes or no"),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex
 from tokenizers import Tokenizer as HfTokenizer
+from tokenizers.pre_tokenizers import Split
 
 from tests.tokenizer.vocabularies import (
     CONTROL,
@@ -251,6 +252,21 @@ def test_missing_parts_and_malformed_byte_tokens_are_named(tmp_path: Path) -> No
     malformed["tokenizer.ggml.tokens"][5] = "<0x-2>"
     with pytest.raises(ModelLoadFailed, match=r"tokens\[5\]"):
         load_tokenizer(written(tmp_path, malformed))
+
+
+def test_a_piece_of_a_million_characters_is_refused_before_its_halves_are_looked_up(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match="token 261 has 1000000 characters; 1024 are allowed"):
+        load_tokenizer(written(tmp_path, spm_metadata({"▁": -1.0, "a": -2.0, "a" * 10**6: -3.0}, {})))
+
+
+def test_white_space_before_a_word_is_looked_at_once(tmp_path: Path) -> None:
+    """And not from each place of a run to its end, which for a million of them takes hours."""
+    pre = pre_tokenizer("deepseek-llm")
+    plain = Split(Regex(r"\s+$"), "isolated")
+    fast = Split(Regex(pre.patterns[3]), "isolated")
+    for text in ("a  ", "\n", "  a", "a \t b \u2028 ", "", "  \u3000", "x \x85  y  "):  # lines are cut before
+        assert fast.pre_tokenize_str(text) == plain.pre_tokenize_str(text)
+    assert len(fast.pre_tokenize_str(" " * 10**6 + "中")) == 1
 
 
 def test_every_pre_tokenizer_keeps_all_text(tmp_path: Path) -> None:

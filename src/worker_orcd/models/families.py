@@ -77,7 +77,6 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
         scales_embedding=True,
         layers_of_wide_scale=62,
-        window=1024,
         full_every=6,
         has_local_rope=True,
         local_rope_base=10_000.0,

@@ -99,10 +99,12 @@ def rotation_table(
     """Cosines and sines of every position p times the frequency of each pair: f32 [context, dim / 2] each.
 
     `factors` [dim / 2] divide the frequencies further: Llama 3's corrections, as its converter wrote them, or those
-    of longrope. Computed in float64.
+    of longrope. Computed in float64. Raises ModelLoadFailed when one of them is not a number above 0.
     """
     frequencies = _frequencies(spec)
     if factors is not None:
+        if not (np.isfinite(factors).all() and (factors > 0.0).all()):
+            raise ModelLoadFailed(f"tensor {factors_name(spec, context_length)} has factors that are not above 0")
         frequencies = frequencies / factors.astype(np.float64)
     angles = np.arange(context_length, dtype=np.float64)[:, None] * frequencies
     cos, sin = (spec.attn_factor * wave(angles) for wave in (np.cos, np.sin))

@@ -241,6 +241,8 @@ def _check(gguf: GgufFile, spec: ModelSpec) -> None:
     ]
     if spec.attn_temperature and not spec.rope.original_context:
         raise ModelLoadFailed(f"{arch}.attention.temperature_scale needs {arch}.rope.scaling.original_context_length")
+    if not gguf.hparam("attention.causal", bool, True):
+        raise ModelLoadFailed(f"{arch}.attention.causal is false: this model encodes texts and writes none")
     for key in REFUSED:
         problems.append((gguf.hparam(key, float, 0.0) != 0.0, f"{arch}.{key} is not zero, which is not supported"))
     for is_wrong, message in problems:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 MAX_STRING: Final = 8 * 2**20  # characters of any one string
-MAX_WORK: Final = 32 * 2**20  # characters copied, and elements made at ELEMENT each
+MAX_WORK: Final = 64 * 2**20  # characters copied, and elements made at ELEMENT each
 ELEMENT: Final = 16
 _MAX_INT_BITS: Final = 1024
 _MAX_MEMBER: Final = 64  # elements of a container that is looked for in another

@@ -98,7 +98,7 @@ def _table() -> dict[str, PreTokenizer]:
                 r"[\r\n]",
                 rf"\s?[{_CASED_LETTERS}]+",
                 r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-                r"\s+$",
+                r"(?<!\s)\s++$",  # \s+$ of a line, begun once in a run and not at each place of it
                 "[一-龥ࠀ-一가-퟿]+",
                 r"\p{N}+",
             )

@@ -26,6 +26,8 @@ from worker_orcd.tokenizer.special import SpecialTokens
 from worker_orcd.tokenizer.spelling import SPACE
 from worker_orcd.tokenizer.vocabulary import TokenType, Vocabulary, read_vocabulary
 
+MAX_PIECE_CHARS = 1024  # published ones have at most some hundred; all their halves are looked up
+
 
 class SpmTokenizer(VocabularyTokenizer):
     """Merges pieces by score; a character without a piece becomes its UTF-8 bytes' tokens, else the unknown token."""
@@ -90,6 +92,9 @@ def _build(vocabulary: Vocabulary, scores: NDArray[Any], unknown_id: int) -> HfT
     order = np.argsort(-scores, kind="stable")
     normal = [int(i) for i in order[vocabulary.types[order] == TokenType.NORMAL]]
     pieces = {tokens[i]: i for i in normal if i not in vocabulary.control}
+    longest = max(pieces, key=len, default="")
+    if len(longest) > MAX_PIECE_CHARS:
+        raise ModelLoadFailed(f"token {pieces[longest]} has {len(longest)} characters; {MAX_PIECE_CHARS} are allowed")
     fallback = {tokens[i]: i for i in vocabulary.of_type(TokenType.BYTE)}
     merges = list(_merges(pieces, scores))
     unknown = tokens[unknown_id]
