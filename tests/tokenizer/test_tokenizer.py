@@ -259,7 +259,7 @@ def test_a_piece_of_a_million_characters_is_refused_before_its_halves_are_looked
         load_tokenizer(written(tmp_path, spm_metadata({"▁": -1.0, "a": -2.0, "a" * 10**6: -3.0}, {})))
 
 
-def test_white_space_before_a_word_is_looked_at_once(tmp_path: Path) -> None:
+def test_white_space_before_a_word_is_looked_at_once() -> None:
     """And not from each place of a run to its end, which for a million of them takes hours."""
     pre = pre_tokenizer("deepseek-llm")
     plain = Split(Regex(r"\s+$"), "isolated")

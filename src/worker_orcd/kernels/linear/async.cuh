@@ -3,6 +3,8 @@
 #include "ptx.cuh"
 
 #if HOPPER
+// What the kernel ahead writes is no `const __restrict__` argument: that promises memory nobody writes while this kernel
+// lives, and loads of it may then be moved above the wait.
 DEVICE void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;"); }  // it may load its weights
 DEVICE void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

@@ -195,7 +195,7 @@ decode(void* __restrict__ out,
 #if ROTATED
        const __grid_constant__ Sums qkv, const float* __restrict__ cos, const float* __restrict__ sin,
 #else
-       const float* __restrict__ q,
+       const float* q,
 #endif
        u16* k_cache, u16* v_cache, const float* __restrict__ sinks, const long long* __restrict__ query_starts,
        const long long* __restrict__ context_lens, const long long* __restrict__ block_table,

@@ -130,7 +130,7 @@ DEVICE float4 F32(const char* tile, const At& a) {
 // no row is given NaN.
 // grid (ceil(K / 256), T), 64 threads
 extern "C" __global__ void __launch_bounds__(64)
-embed(const char* __restrict__ tiles, const long long* __restrict__ tokens, const long long* __restrict__ sampled,
+embed(const char* __restrict__ tiles, const long long* tokens, const long long* sampled,
       float* __restrict__ y, int num_sampled, int N, int K) {
   start_next_kernel();
   const int k = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y, depth = (K + TILE_K - 1) / TILE_K;

@@ -143,11 +143,11 @@ DEVICE void copy_to_places(const uint4* from, uint4* to, const int* places, int 
   }
 }
 extern "C" __global__ void __launch_bounds__(64)
-spread(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8, int P8) {
+spread(const uint4* from, uint4* __restrict__ to, const int* places, int units, int T8, int P8) {
   copy_to_places<1>(from, to, places, units, T8, P8);
 }
 extern "C" __global__ void __launch_bounds__(64)
-spread_many(const uint4* __restrict__ from, uint4* __restrict__ to, const int* __restrict__ places, int units, int T8,
+spread_many(const uint4* from, uint4* __restrict__ to, const int* places, int units, int T8,
             int P8) {
   copy_to_places<4>(from, to, places, units, T8, P8);
 }

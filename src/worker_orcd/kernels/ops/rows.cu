@@ -69,7 +69,7 @@ DEVICE void normalize(Shared& shared, int& turn, int rank, float4* v, const Norm
 #endif
 // x += after(y) factor, unless y is empty; image = norm(x), unless it is null. grid (rows CLUSTER)
 extern "C" __global__ void __launch_bounds__(BLOCK) TOGETHER
-add_norm(float* __restrict__ x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
+add_norm(float* x, const __grid_constant__ Part y, const __grid_constant__ Norm after, float factor,
          const __grid_constant__ Norm norm, u32* __restrict__ image, int T, int T8) {
   extern __shared__ __align__(1024) char shared[];
   Shared& sums = *(Shared*)shared;
@@ -240,7 +240,7 @@ activate(const __grid_constant__ Sums sums, u32* __restrict__ image, const int* 
 #ifdef PLAIN  // ---- from and to rows
 // x [T][K] -> image. grid (ceil(K / 256), T), 64 threads
 extern "C" __global__ void __launch_bounds__(64)
-to_image(const float* __restrict__ x, u32* __restrict__ image, int K, int T8) {
+to_image(const float* x, u32* __restrict__ image, int K, int T8) {
   start_next_kernel();
   await_previous_kernel();
   const int k = (blockIdx.x * 64 + threadIdx.x) * 4, t = blockIdx.y;
