@@ -17,6 +17,7 @@ from worker_orcd.config import MIB, WorkerConfig
 from worker_orcd.errors import CudaError, ModelLoadFailed, StartFailed
 from worker_orcd.gguf.fingerprint import fingerprint
 from worker_orcd.gguf.reader import GgufFile
+from worker_orcd.models.rope import FACTORS
 from worker_orcd.models.spec import ModelSpec, read_spec
 from worker_orcd.models.tensors import check_tensors, tensor_table, use_gguf_names
 from worker_orcd.vram.plan import (
@@ -94,10 +95,11 @@ def fill_vram(config: WorkerConfig, blueprint: Blueprint, free_bytes: int) -> Bl
 
 def _plan(config: WorkerConfig, gguf: GgufFile, spec: ModelSpec, cache: CacheSize, max_step_tokens: int) -> Plan:
     dims = _dims(spec, cache, config, max_step_tokens)
+    kept = {name: info for name, info in gguf.tensors.items() if name not in FACTORS}  # those end in the tables
     if config.is_reference:
-        return plan_reference(gguf.tensors, dims, config.device == "cuda")
-    table = tensor_table(spec, gguf.tensors)
-    return plan_cuda(gguf.tensors, table, dims, config.cuda_graphs, config.vram_reserve_mb * MIB)
+        return plan_reference(kept, dims, config.device == "cuda")
+    table = {name: shape for name, shape in tensor_table(spec, gguf.tensors).items() if name not in FACTORS}
+    return plan_cuda(kept, table, dims, config.cuda_graphs, config.vram_reserve_mb * MIB)
 
 
 def _cache_size(config: WorkerConfig, spec: ModelSpec, room_bytes: int) -> CacheSize:
@@ -151,6 +153,7 @@ def _dims(spec: ModelSpec, cache: CacheSize, config: WorkerConfig, max_step_toke
         table_width=-(-cache.context_length // cache.block_size),
         max_batch=config.max_batch,
         max_step_tokens=max_step_tokens,
+        query_scales=cache.context_length if spec.attn_temperature else 0,
     )
 
 

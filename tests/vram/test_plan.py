@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, tiny_dense, tiny_moe
 from tests.running import runtime_of
 from worker_orcd import assemble, reports
 from worker_orcd.assemble import Blueprint, draw_up, embedded_model, fill_vram
@@ -19,7 +19,6 @@ from worker_orcd.config import WorkerConfig
 from worker_orcd.engine import sampler
 from worker_orcd.errors import InsufficientVram, StartFailed
 from worker_orcd.gguf.reader import GgufFile
-from worker_orcd.models.layers import DenseMlp
 from worker_orcd.models.llama import LlamaInferenceAdapter
 from worker_orcd.reports import plan_report
 from worker_orcd.synthetic import write_header
@@ -61,24 +60,14 @@ def test_the_planned_cache_and_tables_are_the_allocated_ones(model: Path, settin
     assert allocator.available() == allocator.num_blocks
 
 
-def test_planned_weights_are_the_allocated_weights(model: Path) -> None:
-    planned, adapter = items(WorkerConfig(model=model, device="cpu")), runtime_of(model).adapter
-    assert isinstance(adapter, LlamaInferenceAdapter)
-    decoder = adapter.decoder
-    tensors = {id(adapter.token_embd.parts[0]): adapter.token_embd.nbytes, id(decoder.output_norm): 4 * 96}
-    projections, norms = [decoder.output], []
-    for layer in decoder.layers:
-        attention = layer.attention
-        assert isinstance(layer.mlp, DenseMlp)
-        projections += [attention.qkv, attention.output, layer.mlp.up, layer.mlp.down]
-        norms += [layer.attn_norm, layer.ffn_norm, attention.heads.q_norm, attention.heads.k_norm]
-    for weight, bias in (piece for projection in projections for piece in projection):
-        assert bias is None
-        tensors[id(weight.parts[0])] = weight.nbytes
-    for norm in norms:
-        assert norm is not None
-        tensors[id(norm)] = norm.weight.nbytes
-    assert planned["weights"] == sum(tensors.values())
+@pytest.mark.parametrize(("builder", "family"), [(m, f) for m in (tiny, tiny_dense, tiny_moe) for f in m.configs()])
+def test_what_is_kept_of_every_family_is_what_was_planned(builder: Any, family: str, tmp_path: Path) -> None:
+    path = builder.build(family).write(tmp_path / "tiny.gguf")
+    planned, kept = items(WorkerConfig(model=path, device="cpu")), runtime_of(path).ledger.by_purpose()
+    assert kept == {
+        purpose: planned[purpose] for purpose in ("weights", "rope_tables", "kv_cache") if purpose in kept
+    }
+    assert {"weights", "kv_cache"} <= kept.keys()
 
 
 def test_constants_are_those_of_the_backend() -> None:

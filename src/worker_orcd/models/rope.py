@@ -31,6 +31,7 @@ class RopeSpec:
 
 
 UNROTATED = RopeSpec(1.0, 0)
+FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 
 def read_rope(gguf: GgufFile, dim: int, context_length: int, rounds_yarn: bool = True) -> RopeSpec:

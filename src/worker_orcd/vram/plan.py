@@ -112,9 +112,9 @@ class Plan:
 
 def plan_reference(tensors: Mapping[str, TensorInfo], dims: Dims, on_cuda: bool) -> Plan:
     """What TorchBackend will hold."""
-    elements = {name: info.nbytes // info.type.block_bytes * info.type.block_elems for name, info in tensors.items()}
+    elements = sum(info.nbytes // info.type.block_bytes * info.type.block_elems for info in tensors.values())
     items = [
-        PlanItem("weights", F32 * sum(elements.values()), f"{len(tensors)} tensors as float32"),
+        PlanItem("weights", F32 * (elements + dims.query_scales), f"{len(tensors)} tensors as float32"),
         _cache_item(dims, "float32"),
         _rope_item(dims),
         PlanItem("workspace", reference_workspace(dims), f"one step of {dims.max_step_tokens} tokens"),
@@ -133,7 +133,7 @@ def plan_cuda(
     """What CudaBackend will hold."""
     matrices = _matrices(tensors, shapes)
     tiles = sum(packed_bytes(*matrix, prod(shapes[name][:-2])) for name, matrix in matrices.items())
-    vectors = F32 * sum(prod(shape) for name, shape in shapes.items() if name not in matrices)
+    vectors = F32 * (sum(prod(shape) for name, shape in shapes.items() if name not in matrices) + dims.query_scales)
     detail = f"{len(matrices)} matrices in their own bits, and {vectors:,} bytes of vectors in float32"
     graphs = graph_bytes(dims, matrices) if has_graphs else 0
     items = [

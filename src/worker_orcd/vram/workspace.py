@@ -47,6 +47,7 @@ class Dims:
     table_width: int  # blocks of one sequence
     max_batch: int
     max_step_tokens: int
+    query_scales: int = 0  # numbers in the table of that name of models/layers.py
 
     @property
     def q_width(self) -> int:
