@@ -168,21 +168,23 @@ def dry_penalties(tokens: list[int], params: SamplingParams) -> dict[int, float]
     while reach < min(DRY_REACH, len(tokens)) and tokens[-1 - reach] not in breakers:
         reach += 1
     text = np.array(tokens[-DRY_WINDOW:], dtype=np.int64)
-    last, lengths = len(text) - 1, np.zeros(len(text), dtype=np.int64)
-    ends = np.arange(last)  # where an earlier run may end
+    last = len(text) - 1
+    lengths = np.zeros(last, dtype=np.int64)  # of the earlier runs that end at each place
+    alike = np.ones(last, dtype=bool)
     for n in range(min(reach, last)):
-        ends = ends[ends >= n]
-        ends = ends[text[ends - n] == text[last - n]]
-        if not len(ends):
+        alike[:n] = False
+        alike[n:] &= text[: last - n] == text[last - n]
+        if not alike.any():
             break
-        lengths[ends] = n + 1
-    found: dict[int, int] = {}
-    for at in np.flatnonzero(lengths >= max(1, params.dry_allowed_length)).tolist():
-        following = int(text[at + 1])
-        if following not in breakers:
-            found[following] = max(found.get(following, 0), int(lengths[at]))
+        lengths += alike
+    ends = np.flatnonzero(lengths >= max(1, params.dry_allowed_length))
+    following, which = np.unique(text[ends + 1], return_inverse=True)
+    longest = np.zeros(len(following), dtype=np.int64)
+    np.maximum.at(longest, which, lengths[ends])
     growth = {
-        token: min(_power(params.dry_base, n - params.dry_allowed_length), DRY_MOST) for token, n in found.items()
+        token: min(_power(params.dry_base, n - params.dry_allowed_length), DRY_MOST)
+        for token, n in zip(following.tolist(), longest.tolist(), strict=True)
+        if token not in breakers
     }
     return {token: min(params.dry_multiplier * factor, DRY_MOST) for token, factor in growth.items()}
 
