@@ -160,6 +160,7 @@ def test_what_anthropic_messages_become(server: Live) -> None:
         {"top_k": "x"},
         {"mcp_servers": [1]},
         {"n": 2},
+        {"system": "s", "messages": [{"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}]},
     ):
         with pytest.raises(anthropic.BadRequestError) as caught:
             client.messages.create(**({"model": "m", "max_tokens": 5, "messages": messages} | {"extra_body": fields}))

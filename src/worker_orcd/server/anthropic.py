@@ -80,15 +80,15 @@ class MessagesBody(Sampling, frozen=True, kw_only=True):
     def chat(self) -> ChatBody:
         """The same wish as a chat; a last message of the assistant is continued. Raises InvalidRequest."""
         system = text_of(self.system, "system")
-        messages = [{"role": "system", "content": system}] if system else []
-        for i, message in enumerate(self.messages):
-            messages += _messages(message, f"messages[{i}]")
+        messages = [made for i, item in enumerate(self.messages) for made in _messages(item, f"messages[{i}]")]
+        if not messages:
+            refuse("messages", "value", "hold nothing that a model reads; add a message of the user")
         last, choice = messages[-1], self.tool_choice.get("type", "auto")
         thinks = self.thinking.get("type")  # adaptive, too, leaves it to the model
         kwargs = {"enable_thinking": thinks == "enabled"} if thinks in ("enabled", "disabled") else {}
         return chat_body(
             self,
-            messages,
+            [{"role": "system", "content": system}, *messages] if system else messages,
             stop=[*self.stops, *self.stop_sequences],
             tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)],
             tool_choice=_choice(choice, self.tool_choice.get("name")),
