@@ -121,6 +121,25 @@ def test_a_message_thinks_speaks_and_calls(server: Live) -> None:
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ('{"a": "\\ud83d", "b": NaN, "c": 1e999}', {"a": "\ufffd", "b": "NaN", "c": "1e999"}),
+        ('{"a": "line\nline"}', {"a": "line\nline"}),
+        ('{"a": "cut', {}),
+    ],
+)
+def test_arguments_that_are_no_json_reach_the_client(arguments: str, told: dict[str, Any]) -> None:
+    call = '<tool_call>{"name": "look", "arguments": ' + arguments
+    with live(ScriptedEngine(lambda _: text_script(f"</think>{call}")), template=ChatTemplate(TEMPLATE)) as server:
+        client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{server.port}", api_key="x", max_retries=0)
+        tools: Any = [{"name": "look", "input_schema": SCHEMA}]
+        message = client.messages.create(
+            model="m", max_tokens=99, messages=[{"role": "user", "content": "x"}], tools=tools
+        )
+    assert message.content[-1].input == told  # type: ignore[union-attr]
+
+
 def test_what_anthropic_messages_become(server: Live) -> None:
     client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{server.port}", api_key="x", max_retries=0)
     messages: Any = [

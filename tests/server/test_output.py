@@ -118,6 +118,8 @@ SAID = {
         ('<tool_call>{"name": "f", "arguments": {"a": "}"}, "id": "x"}</tool_call>', [call('{"a": "}"}', "f")]),
         ('<tool_call>{"arguments": {"a": 1}, "name": "now"}</tool_call>', [call('{"a": 1}', "now")]),
         ('<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>', [call('{"a": 1}', "now")]),
+        ('<tool_call>{"arguments": {"a": ["\\ud83d", "\\ud83d\\ude00", NaN, 1e999]}, "name": "now"}</tool_call>',
+         [call('{"a": ["\ufffd", "\U0001f600", "NaN", "1e999"]}', "now")]),
         ('<tool_call>{"name": "now", "arguments": [1]}</tool_call>',
          [content('<tool_call>{"name": "now", "arguments": [1]}</tool_call>')]),
         (f"<tool_call>[{JSON_CALL}, {JSON_CALL}]</tool_call>", [call(), call()]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -28,6 +27,7 @@ from worker_orcd.server.openai.messages import text_of, text_of_part
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.routes import document_endpoint
 from worker_orcd.server.openai.wire import encode
+from worker_orcd.server.output import decoded
 from worker_orcd.server.pipeline import Endpoint, Pipeline
 
 PATH = "/v1/messages"
@@ -228,11 +228,8 @@ def _block(block: Block) -> dict[str, Any]:
     if block.kind != "call":
         kind, name = ("text", "text") if block.kind == "text" else ("thinking", "thinking")
         return _OPEN[block.kind] | {"type": kind, name: block.text}
-    try:
-        arguments = json.loads(block.text)
-    except (ValueError, RecursionError):  # cut short, as is the answer
-        arguments = {}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments}
+    arguments = decoded(block.text)  # None where it is cut short, as is the answer
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": {} if arguments is None else arguments}
 
 
 def error_document(error: WorkerError, status: int, correlation_id: str | None = None) -> dict[str, Any]:

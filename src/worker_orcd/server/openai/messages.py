@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from worker_orcd.server.openai.bodies import refuse
+from worker_orcd.server.output import decoded
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -71,10 +71,7 @@ def _call(call: Any, param: str) -> dict[str, Any]:
         refuse(f"{param}.function.name", "type", "must be a string")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            parsed = None
+        parsed = decoded(arguments)
         arguments = parsed if isinstance(parsed, dict) else arguments
     elif not isinstance(arguments, dict):
         refuse(f"{param}.function.arguments", "type", "must be a string of JSON")

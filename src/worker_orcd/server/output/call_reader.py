@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, Final
 
@@ -85,15 +86,15 @@ class CallReader:
         """Whether this may be, or become, a call."""
         if self._names is not None:
             first, name = _FIRST_KEY.match(raw), _NAME.match(raw)
-            if first is None or (name and _decoded(name[1]) not in self._names):
+            if first is None or (name and decoded(name[1]) not in self._names):
                 return False
             key, is_whole = first[1] or "", bool(first[2])
             if not any(known == key if is_whole else known.startswith(key) for known in _KEYS):
                 return False
-        if (head := _HEAD.fullmatch(raw)) and (called := _decoded(head[1])):
+        if (head := _HEAD.fullmatch(raw)) and (called := decoded(head[1])):
             self.name, self._arguments, self._is_streaming = called, ["{"], True
             return True
-        return self._depth > 0 or self._end(_decoded(raw))
+        return self._depth > 0 or self._end(decoded(raw))
 
     def _end(self, found: Any) -> bool:
         """Look up in the whole object what was not told on the way."""
@@ -111,13 +112,25 @@ def _name_and_arguments(found: Any) -> tuple[str | None, str | None]:
     if not isinstance(found, dict) or not isinstance(name := found.get("name"), str):
         return None, None
     arguments: Any = next((found[key] for key in _KEYS[-2:] if found.get(key) is not None), {})
-    if isinstance(arguments, str) and isinstance(_decoded(arguments), dict):
+    if isinstance(arguments, str) and isinstance(decoded(arguments), dict):
         return name, arguments
     return name, json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else None
 
 
-def _decoded(text: str) -> Any:
+def decoded(text: str) -> Any:
+    """The value of a JSON text that a model wrote, None where it is none; all of it can go out as JSON again.
+
+    Half of a surrogate pair becomes U+FFFD, and a number that JSON has not (NaN, 1e999) the string of its letters.
+    """
     try:
-        return json.loads(text, strict=False)
+        value = json.loads(text, strict=False, parse_float=_number, parse_constant=str)
+        if "\\u" not in text:
+            return value
+        halved = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+        return json.loads(halved.decode("utf-16", "replace"))
     except (ValueError, RecursionError):
         return None
+
+
+def _number(text: str) -> float | str:
+    return number if math.isfinite(number := float(text)) else text
