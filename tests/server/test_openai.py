@@ -499,6 +499,22 @@ def test_half_a_character_of_the_prompt_is_not_completed_by_the_answer() -> None
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
+def test_offsets_count_characters(is_streamed: bool) -> None:
+    """All the bytes of a character begin where it does; half of one at the end of the prompt is one of its own."""
+    prompt, text = [*"a😀b".encode(), 0xF0], "é😀c!"
+    scores = [TokenLogprob(-1.0, [])] * 8
+    ids = list(text.encode())
+    script: list[Step] = [PromptLogprobs([None, *scores[:6]]), Tokens(0, ids[:4], scores[:4])]
+    rig = rig_of(lambda _: [*script, Tokens(4, ids[4:], scores[: len(ids) - 4]), "eos"])
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "stream": is_streamed}
+    answer = rig.call("POST", "/v1/completions", body)
+    choices = [document["choices"][0] for document in chunks(answer)] if is_streamed else answer.json["choices"]
+    assert "".join(choice["text"] for choice in choices) == "a😀b\ufffd" + text
+    offsets = [offset for choice in choices for offset in (choice["logprobs"] or {}).get("text_offset", [])]
+    assert offsets == [0, 1, 1, 1, 1, 2, 3, 4, 4, 5, 5, 5, 5, 6, 7]
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_an_echo_is_scored(is_streamed: bool, max_tokens: int) -> None:
     prompt = [None, TokenLogprob(-0.25, [(98, -0.25)])]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from worker_orcd.engine.request import TokenLogprob, Tokens
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 LOWEST = -9999.0  # JSON has no infinity
 
 Scored = tuple[int, TokenLogprob]  # a token and what the model thought of it
+Placed = tuple[int, TokenLogprob | None, int]  # the same, and where in the text the token begins
 
 
 class AnswerText(TextStream):
@@ -138,18 +140,13 @@ class Spelling:
             content.append(self._entry(token_id, logprob.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def completion(self, scored: Sequence[tuple[int, TokenLogprob | None]], offset: int) -> dict[str, Any]:
-        """The `logprobs` of a completion whose text has `offset` characters already."""
-        tokens, offsets = [], []
-        for token_id, _ in scored:
-            tokens.append(self._name(token_id))
-            offsets.append(offset)
-            offset += len(self._tokenizer.decode([token_id]))
+    def completion(self, placed: Sequence[Placed]) -> dict[str, Any]:
+        """The `logprobs` of a completion."""
         return {
-            "tokens": tokens,
-            "token_logprobs": [item and max(item.logprob, LOWEST) for _, item in scored],
-            "top_logprobs": [item and self._top(token_id, item) for token_id, item in scored],
-            "text_offset": offsets,
+            "tokens": [self._name(token_id) for token_id, _, _ in placed],
+            "token_logprobs": [item and max(item.logprob, LOWEST) for _, item, _ in placed],
+            "top_logprobs": [item and self._top(token_id, item) for token_id, item, _ in placed],
+            "text_offset": [offset for _, _, offset in placed],
         }
 
     def _top(self, token_id: int, item: TokenLogprob) -> dict[str, float]:
@@ -157,13 +154,13 @@ class Spelling:
         return ranked | {self._name(token_id): max(item.logprob, LOWEST)}
 
     def _entry(self, token_id: int, value: float) -> dict[str, Any]:
-        text = self._bytes(token_id)
+        text = _bytes(self._tokenizer, token_id)
         token = text.decode("utf-8", "replace") or self._name(token_id)
         return {"token": token, "logprob": max(value, LOWEST), "bytes": list(text)}
 
     def _name(self, token_id: int) -> str:
         """Text of a token; of one that is no whole characters, its bytes, so that two of them stay apart."""
-        text = self._bytes(token_id)
+        text = _bytes(self._tokenizer, token_id)
         try:
             return text.decode() or self._tokenizer.decode([token_id], skip_special=False)
         except UnicodeDecodeError:
@@ -171,5 +168,21 @@ class Spelling:
         except InvalidRequest:  # the head has more rows than the vocabulary
             return f"<{token_id}>"
 
-    def _bytes(self, token_id: int) -> bytes:
-        return self._tokenizer.token_bytes(token_id) if token_id < self._tokenizer.vocab_size else b""
+
+class Offsets:
+    """Where tokens, one after the other, begin in a text; those that make one character begin with it."""
+
+    def __init__(self, tokenizer: Tokenizer, begin: int) -> None:
+        self._tokenizer, self._end = tokenizer, begin
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def place(self, scored: Iterable[tuple[int, TokenLogprob | None]]) -> list[Placed]:
+        placed = []
+        for token_id, item in scored:
+            placed.append((token_id, item, self._end))
+            self._end += len(self._decoder.decode(_bytes(self._tokenizer, token_id)))
+        return placed
+
+
+def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    return tokenizer.token_bytes(token_id) if token_id < tokenizer.vocab_size else b""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from worker_orcd.engine.request import PromptLogprobs, TokenLogprob, Tokens
+from worker_orcd.engine.request import PromptLogprobs, Tokens
 from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Run
 from worker_orcd.server.openai.bodies import MAX_RUNS, CompletionBody, read_body, refuse
-from worker_orcd.server.openai.choice import Choice, Spelling
+from worker_orcd.server.openai.choice import Choice, Offsets, Placed, Spelling
 from worker_orcd.server.openai.chunks import ChoicesAnswer
 from worker_orcd.server.openai.grammars import grammar_of
 from worker_orcd.server.openai.prepare import Preparer, Wish, grammar_param
 from worker_orcd.server.output import Piece
 from worker_orcd.server.output.pieces import PlainParser
-
-Scores = list[tuple[int, TokenLogprob | None]]
 
 
 def prompts_of(preparer: Preparer, prompt: Any) -> tuple[list[str], list[list[int]]]:
@@ -61,8 +59,9 @@ class CompletionAnswer(ChoicesAnswer):
         choices = [Choice(run, PlainParser()) for run in runs]
         super().__init__(job_id, choices, "".join(self._prompts), body, preparer.info, exchange)
         self.grammar_param = grammar_param(body, self.grammar_param)
-        self._scores: list[Scores] = [[] for _ in runs]  # not told yet
-        self._lengths = [0 for _ in runs]  # characters told, for the offsets of tokens
+        self._scores: list[list[Placed]] = [[] for _ in runs]  # not told yet
+        self._tokenizer = preparer.tokenizer
+        self._offsets = [Offsets(self._tokenizer, 0) for _ in runs]
         self._spelling = Spelling(preparer.tokenizer)
 
     @classmethod
@@ -74,8 +73,11 @@ class CompletionAnswer(ChoicesAnswer):
         return self._frame(self._choice(run.index, self._prompt(run))) if is_echo else b""
 
     def prompt(self, run: Run, event: PromptLogprobs) -> bytes:
-        self._scores[run.index] += zip(run.request.prompt_ids, event.tokens, strict=True)
-        return self._frame(self._choice(run.index, self._prompt(run))) if self.is_streamed else b""
+        text = self._prompt(run)
+        scored = zip(run.request.prompt_ids, event.tokens, strict=True)
+        self._scores[run.index] += self._offsets[run.index].place(scored)
+        self._offsets[run.index] = Offsets(self._tokenizer, len(text))
+        return self._frame(self._choice(run.index, text)) if self.is_streamed else b""
 
     def tokens(self, run: Run, event: Tokens) -> bytes:
         if self._is_scoring:
@@ -97,7 +99,7 @@ class CompletionAnswer(ChoicesAnswer):
         return self._choice(choice.run.index, text, choice.finish_reason)
 
     def _told(self, run: Run, pieces: list[Piece]) -> bytes:
-        self._scores[run.index] += self._choices[run.index].take_scored()
+        self._scores[run.index] += self._offsets[run.index].place(self._choices[run.index].take_scored())
         text = "".join(piece.text for piece in pieces)  # type: ignore[union-attr] # a plain parser knows no calls
         if not self.is_streamed or not (text or self._scores[run.index]):
             return b""
@@ -106,7 +108,6 @@ class CompletionAnswer(ChoicesAnswer):
     def _choice(self, index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
         logprobs = None
         if scores := self._scores[index]:
-            logprobs = self._spelling.completion(scores, self._lengths[index])
+            logprobs = self._spelling.completion(scores)
             self._scores[index] = []
-        self._lengths[index] += len(text)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
