@@ -328,6 +328,25 @@ def test_a_call_has_the_parameters_that_are_listed(accepts: Callable[[Grammar, s
     now = tool_grammar(TOOLS, "now", TEMPLATES["mistral"])
     assert accepts(now, '{"name": "now", "arguments": {}}')
     assert not accepts(now, '{"name": "now", "arguments": {"more": 1}}')
+    for parameters in ({}, {"type": "object"}, {"type": "object", "properties": {}}, {"required": []}):
+        function = {"type": "function", "function": {"name": "now", "parameters": parameters}}
+        now = tool_grammar([function], "required", TEMPLATES["mistral"])
+        assert accepts(now, '{"name": "now", "arguments": {}}')
+        assert not accepts(now, '{"name": "now", "arguments": {"more": 1}}'), parameters
+    for parameters in (
+        {"additionalProperties": True},
+        {"properties": {}, "additionalProperties": {"type": "integer"}},
+        {"patternProperties": {"^m": {}}},
+        {"minProperties": 1},
+        {"required": ["more"]},
+        {"$ref": "#/$defs/any", "$defs": {"any": {"type": "object"}}},
+        {"anyOf": [{"properties": {"more": {}}}, {"properties": {"less": {}}}]},
+        {"allOf": [{"properties": {"more": {}}}, {"properties": {"less": {}}}]},
+    ):
+        function = {"type": "function", "function": {"name": "now", "parameters": parameters}}
+        assert accepts(
+            tool_grammar([function], "required", TEMPLATES["mistral"]), '{"name": "now", "arguments": {"more": 1}}'
+        ), parameters
     look = tool_grammar(TOOLS, "get_weather", TEMPLATES["mistral"])
     assert not accepts(look, '{"name": "get_weather", "arguments": {"city": "Paris", "more": 1}}')
 
@@ -343,7 +362,7 @@ def test_a_call_has_the_parameters_that_are_listed(accepts: Callable[[Grammar, s
         {"properties": {"a": {}}, "minProperties": 2},
         {"properties": {"a": {}}, "patternProperties": {"^x": {}}},
         {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
-        {"properties": {}},
+        {"type": "object"},
         True,
     ],
 )
@@ -354,5 +373,6 @@ def test_objects_that_may_have_more_stay_open(schema: Any) -> None:
 def test_objects_whose_properties_are_listed_are_closed() -> None:
     inner = {"properties": {"b": {}}, "required": ["b"]}
     closed = inner | {"additionalProperties": False}
-    schema = {"anyOf": [inner, {"type": "null"}], "$defs": {"x": inner}}
-    assert adapted(schema) == {"anyOf": [closed, {"type": "null"}], "$defs": {"x": closed}}
+    schema = {"anyOf": [inner, {"type": "null"}], "$defs": {"x": inner, "y": {"properties": {}}}}
+    empty = {"properties": {}, "additionalProperties": False}
+    assert adapted(schema) == {"anyOf": [closed, {"type": "null"}], "$defs": {"x": closed, "y": empty}}

@@ -26,6 +26,12 @@ def adapted(schema: Any) -> Any:
     return _adapted(schema, not _mixes(schema))
 
 
+def of_function(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a function's arguments; one that tells of no properties has none."""
+    schema = {"type": "object"} | (parameters or {})
+    return schema if _BRANCHES & schema.keys() else {"properties": {}} | schema
+
+
 def inlined(schema: Any) -> str:
     """`schema` as an expression of Lark, with the white space that a schema by itself gets."""
     if not isinstance(schema, dict):
@@ -58,7 +64,7 @@ def _is_remark(name: str, value: Any) -> bool:
 def _is_listed(schema: dict[str, Any]) -> bool:
     """Whether an object has only the properties that the schema lists, as far as it says."""
     properties, required = schema.get("properties"), schema.get("required", [])
-    if not isinstance(properties, dict) or not properties or not isinstance(required, list):
+    if not isinstance(properties, dict) or not isinstance(required, list):
         return False
     if {"additionalProperties", "patternProperties", "minProperties"} & schema.keys():
         return False

@@ -11,7 +11,7 @@ from typing import Any, Final
 from worker_orcd.engine.request import Grammar
 from worker_orcd.errors import FieldError, InvalidRequest
 from worker_orcd.server.output.harmony import CHANNEL, MESSAGE, HarmonyParser
-from worker_orcd.server.output.json_schema import adapted, inlined
+from worker_orcd.server.output.json_schema import adapted, inlined, of_function
 from worker_orcd.server.output.pieces import OutputParser, PlainParser
 from worker_orcd.server.output.tagged import END_THINK, THINK, TaggedParser, Tags
 
@@ -23,7 +23,6 @@ _CALLS: Final = (  # the first whose `call_open` is in the template
     Tags(call_open=" functools", is_bare=True),  # Firefunction
     Tags(is_bare=True),  # Llama 3.2, and models that are told of tools in plain words
 )
-_NOTHING: Final = {"additionalProperties": False}  # a function without parameters takes none
 _ID_LETTERS: Final = string.ascii_letters + string.digits
 _REASONING: Final = r"reasoning[lazy]: /(?s:.*)<\/think>/"
 _HARMONY_REASONING: Final = "reasoning: /(?s:.*)/"
@@ -95,7 +94,7 @@ def _is_thinking(tags: Tags, prompt: str) -> bool:
 def _functions(tools: list[dict[str, Any]] | None) -> dict[str, Any]:
     """Parameters by name."""
     functions = [tool.get("function", tool) for tool in tools or []]
-    return {function["name"]: {"type": "object"} | (function.get("parameters") or _NOTHING) for function in functions}
+    return {function["name"]: of_function(function.get("parameters")) for function in functions}
 
 
 def _lark(start: str, reasoning: str, calls: list[str]) -> Grammar:
