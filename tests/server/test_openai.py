@@ -199,6 +199,8 @@ def test_failures_before_and_within_a_stream() -> None:
         ({"messages": None}, "messages", None),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", None),
         ({"messages": [{"role": "user"}]}, "messages[0].content", None),
+        ({"messages": [{"role": "user", "refusal": "no"}]}, "messages[0].content", None),
+        ({"messages": [{"role": "assistant", "refusal": 1}]}, "messages[0].refusal", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "unsup"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", None),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages", "context_length_exceeded"),
@@ -449,13 +451,15 @@ def test_messages_as_templates_read_them() -> None:
         {"role": "developer", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}]},
         {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
         {"role": "tool", "tool_call_id": "c1", "content": "sea"},
+        {"role": "assistant", "content": None, "refusal": "no"},
     ]
     answer = rig_of(template=template).call("POST", "/apply-template", {"messages": messages})
-    system, assistant, tool = map(json.loads, answer.json["prompt"].splitlines())
+    system, assistant, tool, refusal = map(json.loads, answer.json["prompt"].splitlines())
     assert system == {"role": "system", "content": "be\nbrief"}
     assert assistant["tool_calls"][0]["function"]["arguments"] == {"a": "1\ufffd"}
     assert (assistant["content"], assistant["reasoning_content"]) == ("", "hm")
     assert tool == {"role": "tool", "tool_call_id": "c1", "content": "sea"}
+    assert refusal == {"role": "assistant", "content": "no"}
 
 
 def test_reasoning_is_told_apart() -> None:

@@ -92,11 +92,22 @@ def test_a_conversation_comes_back_as_items(server: Live) -> None:
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"truncation": "auto"}, "truncation"),
+        ({"input": "x" * 5000}, "input"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"type": "function_call_output", "call_id": "c1"}]}, "input[0].output"),
+        ({"input": [{"type": "function_call_output", "call_id": 1, "output": "x"}]}, "input[0].call_id"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": [1]}]}, "tools[0].parameters"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"const": 2**60}}}}, "text.format"),
     ]
     for fields, param in bad:
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(**({"model": "m", "input": "x"} | fields))  # type: ignore[call-overload]
         assert caught.value.param == param
+        assert str(caught.value.body["message"]).startswith(param)  # type: ignore[index]
 
 
 def test_a_message_thinks_speaks_and_calls(server: Live) -> None:
@@ -184,9 +195,41 @@ def test_what_anthropic_messages_become(server: Live) -> None:
         with pytest.raises(anthropic.BadRequestError) as caught:
             client.messages.create(**({"model": "m", "max_tokens": 5, "messages": messages} | {"extra_body": fields}))
         assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].name "),
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": "x"}]}]},
+         "messages[0].content[0].input "),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": 1}]}]},
+         "messages[0].content[0].tool_use_id "),
+        ({"tools": [{"input_schema": {}}]}, "tools[0].name "),
+        ({"tools": [{"name": "f", "input_schema": [1]}]}, "tools[0].input_schema "),
+        ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice must name one of the tools"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice asks for a call"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema "),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type "),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"const": 2**60}}}},
+         "output_config.format: "),
+    ]  # fmt: skip
+    for fields, begin in bad:
+        asked: Any = {"model": "m", "max_tokens": 5, "messages": messages, "system": "s"} | fields
+        with pytest.raises(anthropic.BadRequestError) as caught:
+            client.messages.create(**asked)
+        assert caught.value.body["error"]["message"].startswith(begin)  # type: ignore[index]
     image: Any = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "source": {}}]}]
     with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\]\.content\[1\] is not text"):
         client.messages.create(model="m", max_tokens=5, messages=image)
+
+
+def test_tokens_are_counted_beyond_the_context(server: Live) -> None:
+    client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{server.port}", api_key="x", max_retries=0)
+    short, long = (
+        client.messages.count_tokens(model="m", messages=[{"role": "user", "content": "x" * length}]).input_tokens
+        for length in (1, 9001)
+    )
+    assert long - short == 9000
+    redacted: Any = [{"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}]
+    with pytest.raises(anthropic.BadRequestError, match="messages hold nothing"):
+        client.messages.count_tokens(model="m", messages=redacted)
 
 
 def test_failures_within_a_stream() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ from tests.tokenizer.vocabularies import CONTROL, USER_DEFINED, bpe_metadata, wr
 from worker_orcd.engine.grammar import GrammarCompiler
 from worker_orcd.engine.grammar_source import SPACE as SCHEMA_SPACE
 from worker_orcd.engine.request import Grammar
-from worker_orcd.errors import InvalidRequest
+from worker_orcd.errors import GrammarError, InvalidRequest
 from worker_orcd.server.output import (
     Content,
     OutputParser,
@@ -313,7 +314,7 @@ def test_formats_that_cannot_be_enforced_are_remarks(accepts: Callable[[Grammar,
         "enum": [{"format": "password"}],
         "items": [{"format": "binary"}, {"uniqueItems": False}],
     }
-    assert adapted(schema) == {
+    assert adapted(schema, "response_format") == {
         "properties": {"format": {"type": "string"}, "day": {"format": "date"}},
         "additionalProperties": True,
         "enum": [{"format": "password"}],
@@ -367,7 +368,32 @@ def test_a_call_has_the_parameters_that_are_listed(accepts: Callable[[Grammar, s
     ],
 )
 def test_objects_that_may_have_more_stay_open(schema: Any) -> None:
-    assert adapted(schema) == schema
+    assert adapted(schema, "response_format") == schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**53 + 1},
+        {"enum": ["a", {"b": [-(2**53) - 1]}]},
+        {"type": "integer", "minimum": 2**53 + 1},
+        {"properties": {"a": {"items": {"exclusiveMaximum": 1e300}}}},
+    ],
+)
+def test_numbers_that_a_grammar_would_change_are_refused(schema: Any) -> None:
+    with pytest.raises(GrammarError, match=r"^text\.format: \w+ has a number beyond 2\^53") as caught:
+        adapted(schema, "text.format")
+    assert caught.value.fields[0].field == "text.format"
+    tool = {"name": "f", "parameters": {"properties": {"x": schema}}}
+    with pytest.raises(GrammarError, match=r"^tools: "):
+        tool_grammar([{"type": "function", "function": tool}], "required")
+
+
+def test_numbers_up_to_those_are_exact(accepts: Callable[[Grammar, str], bool]) -> None:
+    most = 2**53
+    schema = {"enum": [most, -most], "default": most + 1, "properties": {"const": {"maximum": most}}}
+    grammar = Grammar("json_schema", json.dumps(adapted(schema, "response_format")))
+    assert [accepts(grammar, str(n)) for n in (most, most - 1, -most, -most - 1)] == [True, False, True, False]
 
 
 def test_objects_whose_properties_are_listed_are_closed() -> None:
@@ -375,4 +401,7 @@ def test_objects_whose_properties_are_listed_are_closed() -> None:
     closed = inner | {"additionalProperties": False}
     schema = {"anyOf": [inner, {"type": "null"}], "$defs": {"x": inner, "y": {"properties": {}}}}
     empty = {"properties": {}, "additionalProperties": False}
-    assert adapted(schema) == {"anyOf": [closed, {"type": "null"}], "$defs": {"x": closed, "y": empty}}
+    assert adapted(schema, "response_format") == {
+        "anyOf": [closed, {"type": "null"}],
+        "$defs": {"x": closed, "y": empty},
+    }

@@ -23,7 +23,7 @@ from worker_orcd.server.openai.bodies import (
     read_body,
     refuse,
 )
-from worker_orcd.server.openai.messages import text_of, text_of_part
+from worker_orcd.server.openai.messages import checked_function, text_of, text_of_part
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.routes import document_endpoint
 from worker_orcd.server.openai.wire import encode
@@ -116,8 +116,7 @@ def _choice(kind: Any, name: Any) -> Any:
 def _tool(tool: dict[str, Any], param: str) -> dict[str, Any]:
     if tool.get("type", "custom") != "custom":
         refuse(f"{param}.type", "unsupported", "must be custom; this worker runs no tools of its own")
-    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
-    return {"type": "function", "function": function | {"description": tool.get("description") or ""}}
+    return {"type": "function", "function": checked_function(tool, param, "input_schema")}
 
 
 def _messages(message: dict[str, Any], param: str) -> list[dict[str, Any]]:
@@ -135,12 +134,11 @@ def _messages(message: dict[str, Any], param: str) -> list[dict[str, Any]]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_result" and role == "user":
             text = text_of(block.get("content"), f"{where}.content")
-            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
+            if not isinstance(call_id := block.get("tool_use_id"), str | None):
+                refuse(f"{where}.tool_use_id", "type", "must be a string")
+            results.append({"role": "tool", "tool_call_id": call_id, "content": text})
         elif kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
-            made.setdefault("tool_calls", []).append(
-                {"id": block.get("id"), "type": "function", "function": function}
-            )
+            made.setdefault("tool_calls", []).append(_call(block, where))
         elif kind == "thinking" and role == "assistant":
             made["reasoning_content"] = made.get("reasoning_content", "") + str(block.get("thinking", ""))
         elif kind != "redacted_thinking":
@@ -148,6 +146,15 @@ def _messages(message: dict[str, Any], param: str) -> list[dict[str, Any]]:
     if texts or len(made) > 1:
         results.append(made | {"content": "\n".join(texts)})
     return results
+
+
+def _call(block: dict[str, Any], param: str) -> dict[str, Any]:
+    name, arguments = block.get("name"), block.get("input")
+    if not isinstance(name, str):
+        refuse(f"{param}.name", "type", "must be a string")
+    if not isinstance(arguments, dict | None):
+        refuse(f"{param}.input", "type", "must be an object")
+    return {"id": block.get("id"), "type": "function", "function": {"name": name, "arguments": arguments or {}}}
 
 
 class MessagesAnswer(BlockAnswer):
@@ -241,7 +248,8 @@ def error_document(error: WorkerError, status: int, correlation_id: str | None =
 
 def anthropic_routes(pipeline: Pipeline, preparer: Preparer) -> list[BaseRoute]:
     def count(raw: bytes, exchange: Exchange) -> dict[str, Any]:  # noqa: ARG001 - every Prepare gets it
-        return {"input_tokens": len(preparer.chat(read_body(raw, MessagesBody).chat()).ids)}
+        text, _, _ = preparer.written(read_body(raw, MessagesBody).chat())
+        return {"input_tokens": len(preparer.tokenizer.encode(text))}  # also of one that does not fit
 
     return [
         Route(PATH, Endpoint(pipeline, partial(MessagesAnswer.read, preparer)), methods=["POST"]),

@@ -40,10 +40,12 @@ def chat_body(body: Sampling, messages: list[dict[str, Any]], **fields: Any) -> 
 class BlockAnswer(Answer):
     """One answer as a sequence of blocks."""
 
+    prompt_param = "messages"  # the field of the body that the conversation comes in
+
     def __init__(self, preparer: Preparer, body: ChatBody, exchange: Exchange, job_id: str) -> None:
         """Raises InvalidRequest or TemplateError."""
-        chat = preparer.chat(body)
-        (self._choice,) = chat_choices(preparer, body, chat, exchange, job_id)
+        chat = preparer.chat(body, self.prompt_param)
+        (self._choice,) = chat_choices(preparer, body, chat, exchange, job_id, self.grammar_param)
         super().__init__(job_id, [self._choice.run], len(chat.prompt), digest(chat.prompt))
         self.grammar_param = grammar_param(body, self.grammar_param, chat)
         self.is_streamed = body.stream

@@ -15,15 +15,17 @@ from worker_orcd.server.openai.prepare import Chat, Preparer, Wish, grammar_para
 from worker_orcd.server.output import Content, Piece, Reasoning
 
 
-def chat_choices(preparer: Preparer, body: ChatBody, chat: Chat, exchange: Exchange, job_id: str) -> list[Choice]:
-    """The answers to a conversation, ready to run."""
+def chat_choices(
+    preparer: Preparer, body: ChatBody, chat: Chat, exchange: Exchange, job_id: str, param: str
+) -> list[Choice]:
+    """The answers to a conversation, ready to run; `param` is what the dialect calls `response_format`."""
     if body.top_logprobs and not body.logprobs:
         refuse("top_logprobs", "value", "needs logprobs to be true")
     parsers = [preparer.parser(chat) for _ in range(body.n)]
     wish = Wish(
         max_tokens=body.max_completion_tokens,
         num_logprobs=body.top_logprobs if body.logprobs else None,
-        grammar=preparer.chat_grammar(body, chat),
+        grammar=preparer.chat_grammar(body, chat, param),
         shows_special=parsers[0].needs_special,
     )
     runs = preparer.runs(body, [chat.ids], exchange, job_id, wish)
@@ -39,7 +41,7 @@ class ChatAnswer(ChoicesAnswer):
     def __init__(self, preparer: Preparer, body: ChatBody, exchange: Exchange) -> None:
         """Raises InvalidRequest or TemplateError."""
         chat, job_id = preparer.chat(body), f"chatcmpl-{uuid.uuid4().hex}"
-        choices = chat_choices(preparer, body, chat, exchange, job_id)
+        choices = chat_choices(preparer, body, chat, exchange, job_id, self.grammar_param)
         super().__init__(job_id, choices, chat.prompt, body, preparer.info, exchange)
         self.grammar_param = grammar_param(body, self.grammar_param, chat)
         self._has_logprobs = body.logprobs

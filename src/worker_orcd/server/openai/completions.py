@@ -53,7 +53,7 @@ class CompletionAnswer(ChoicesAnswer):
             max_tokens=1 if self._is_scoring else None,
             num_logprobs=body.logprobs,
             prompt_logprobs=body.echo and body.logprobs is not None,
-            grammar=grammar_of(body),
+            grammar=grammar_of(body, self.grammar_param),
         )
         runs = preparer.runs(body, ids, exchange, job_id, wish)
         choices = [Choice(run, PlainParser()) for run in runs]

@@ -19,8 +19,8 @@ _HARMONY = '(<|channel|> "analysis" <|message|> prose <|end|> <|start|> "assista
 _SLASH = re.compile(r"\\.|/", re.S)  # or what is escaped already
 
 
-def grammar_of(body: Sampling) -> Grammar | None:
-    """The wish of `structured_outputs` or `response_format`."""
+def grammar_of(body: Sampling, param: str) -> Grammar | None:
+    """The wish of `structured_outputs` or `response_format`; `param` is what the dialect calls that field."""
     if body.structured_outputs:
         return _structured(body.structured_outputs)
     kind = body.response_format.get("type", "text")
@@ -28,17 +28,18 @@ def grammar_of(body: Sampling) -> Grammar | None:
         holder = body.response_format.get("json_schema")
         schema = holder.get("schema") if isinstance(holder, dict) else None
         if not isinstance(schema, dict | bool):
-            refuse("response_format.json_schema.schema", "type", "must be a JSON schema")
-        return _of_schema(schema)
+            where = f"{param}.json_schema" if param == "response_format" else param
+            refuse(f"{where}.schema", "type", "must be a JSON schema")
+        return _of_schema(schema, param)
     if kind == "json_object":
         return Grammar("json_object")
     if kind != "text":
-        refuse("response_format.type", "value", "must be text, json_object or json_schema")
+        refuse(f"{param}.type", "value", "must be text, json_object or json_schema")
     return None
 
 
-def _of_schema(schema: Any) -> Grammar:
-    return Grammar("json_schema", json.dumps({} if schema is True else adapted(schema)))
+def _of_schema(schema: Any, param: str) -> Grammar:
+    return Grammar("json_schema", json.dumps({} if schema is True else adapted(schema, param)))
 
 
 def _parsed(text: str) -> Any:
@@ -62,7 +63,7 @@ def _structured(wish: dict[str, Any]) -> Grammar:
             refuse("structured_outputs.choice", "type", "must be a list of strings")
         value = "start: " + " | ".join(json.dumps(item) for item in value)
     if name == "json":
-        return _of_schema(_parsed(value) if isinstance(value, str) else value)
+        return _of_schema(_parsed(value) if isinstance(value, str) else value, "structured_outputs")
     if not isinstance(value, str):
         refuse(f"structured_outputs.{name}", "type", "must be a string")
     return Grammar(_KINDS[name], value)  # type: ignore[arg-type]

@@ -23,13 +23,15 @@ def _message(message: dict[str, Any], param: str, has_developer: bool) -> dict[s
     if not isinstance(role, str) or role not in ROLES:
         refuse(f"{param}.role", "value", f"must be one of {', '.join(sorted(ROLES))}")
     calls = message.get("tool_calls") or []
-    content = message.get("content")
+    refuses = role == "assistant" and message.get("content") is None and message.get("refusal") is not None
+    said = "refusal" if refuses else "content"
+    content = message.get(said)
     if content is None and (
         role != "assistant" or not (calls or message.get("reasoning_content") or message.get("reasoning"))
     ):
         refuse(f"{param}.content", "required", "is missing")
     made: dict[str, Any] = {"role": "system" if role == "developer" and not has_developer else role}
-    made["content"] = text_of(content, f"{param}.content")
+    made["content"] = text_of(content, f"{param}.{said}")
     for name in ("name", "tool_call_id", "reasoning_content", "reasoning"):
         if (value := message.get(name)) is not None:
             if not isinstance(value, str):
@@ -88,16 +90,21 @@ def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
             refuse(f"{param}.type", "unsupported", "must be function; this worker runs no tools of its own")
         if not isinstance(function, dict):
             refuse(f"{param}.function", "type", "must be an object")
-        name = function.get("name")
-        if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-            refuse(f"{param}.function.name", "format", "must be 1 to 64 letters, digits, '_', '-' and '.'")
-        if not isinstance(function.get("description") or "", str):
-            refuse(f"{param}.function.description", "type", "must be a string")
-        if not isinstance(function.get("parameters") or {}, dict):
-            refuse(f"{param}.function.parameters", "type", "must be a JSON schema")
-        known = {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
-        checked.append({"type": "function", "function": known})
+        checked.append({"type": "function", "function": checked_function(function, f"{param}.function")})
     return checked
+
+
+def checked_function(function: dict[str, Any], param: str, schema: str = "parameters") -> dict[str, Any]:
+    """What is known of the function in `param`, whose `schema` is called so there."""
+    name, description, parameters = (function.get(key) for key in ("name", "description", schema))
+    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+        refuse(f"{param}.name", "format", "must be 1 to 64 letters, digits, '_', '-' and '.'")
+    if not isinstance(description or "", str):
+        refuse(f"{param}.description", "type", "must be a string")
+    if not isinstance(parameters or {}, dict):
+        refuse(f"{param}.{schema}", "type", "must be a JSON schema")
+    known = {"name": name, "description": description, "parameters": parameters}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def chosen_tool(choice: str | dict[str, Any], tools: list[dict[str, Any]]) -> str:
@@ -105,11 +112,12 @@ def chosen_tool(choice: str | dict[str, Any], tools: list[dict[str, Any]]) -> st
     names = [tool["function"]["name"] for tool in tools]
     if isinstance(choice, str):
         if choice == "required" and not names:
-            refuse("tool_choice", "value", "is required, but there are no tools")
+            refuse("tool_choice", "value", "asks for a call, but there are no tools")
         return choice
     function = choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
-    if choice.get("type") != "function" or name not in names:
-        refuse("tool_choice", "value", 'must be auto, none, required or {"type": "function", "function": {"name": …}}'
-               " with the name of one of the tools")  # fmt: skip
+    if choice.get("type") != "function":
+        refuse("tool_choice", "value", "must be auto, none, required, or an object whose type is function")
+    if name not in names:
+        refuse("tool_choice", "value", "must name one of the tools")
     return str(name)

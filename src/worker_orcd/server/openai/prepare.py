@@ -65,12 +65,16 @@ class Preparer:
 
     # ------------------------------------------------------------------ prompts
 
-    def chat(self, body: ChatBody) -> Chat:
-        """The rendered and tokenized conversation. Raises InvalidRequest or TemplateError."""
+    def chat(self, body: ChatBody, param: str = "messages") -> Chat:
+        """The rendered and tokenized conversation, which came in `param`. Raises InvalidRequest or TemplateError."""
+        text, tools, choice = self.written(body)
+        return Chat(text, self.encode(text, param), tools, choice)
+
+    def written(self, body: ChatBody) -> tuple[str, list[dict[str, Any]] | None, str]:
+        """The text of a conversation, however long; the tools that may be called, and the choice among them."""
         tools = check_tools(body.tools)
         choice = chosen_tool(body.tool_choice, tools)
-        text = self.render(body, tools if choice != "none" else [])
-        return Chat(text, self.encode(text, "messages"), tools if choice != "none" else None, choice)
+        return self.render(body, tools if choice != "none" else []), tools if choice != "none" else None, choice
 
     def render(self, body: ChatBody, tools: list[dict[str, Any]]) -> str:
         """The text of a conversation, up to where the answer begins."""
@@ -202,12 +206,12 @@ class Preparer:
         spelled = ((i, self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
         return [i for i, token in spelled if any(breaker in token for breaker in breakers)]
 
-    def chat_grammar(self, body: ChatBody, chat: Chat) -> Grammar | None:
-        """What the answer must be, if it is told: a call first of all."""
+    def chat_grammar(self, body: ChatBody, chat: Chat, param: str) -> Grammar | None:
+        """What the answer must be, if it is told: a call first of all; `param` as for `grammar_of`."""
         source = self._template.source if self._template else ""
         if chat.tools and chat.choice != "auto":
             return tool_grammar(chat.tools, chat.choice, source, self.info.architecture, chat.prompt)
-        grammar = grammar_of(body)
+        grammar = grammar_of(body, param)
         return grammar and after_reasoning(grammar, source, chat.prompt)
 
 

@@ -22,7 +22,7 @@ from worker_orcd.server.openai.bodies import (
     refuse,
 )
 from worker_orcd.server.openai.choice import usage
-from worker_orcd.server.openai.messages import text_of
+from worker_orcd.server.openai.messages import checked_function, text_of
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.wire import encode
 
@@ -88,7 +88,7 @@ class ResponseBody(Sampling, frozen=True, kw_only=True):
 def _tool(tool: dict[str, Any], param: str) -> dict[str, Any]:
     if tool.get("type") != "function":
         refuse(f"{param}.type", "unsupported", "must be function; this worker runs no tools of its own")
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+    return {"type": "function", "function": checked_function(tool, param)}
 
 
 def _messages(given: str | list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def _messages(given: str | list[dict[str, Any]], instructions: str | None) -> li
         if kind == "message":
             if item.get("role") not in ("user", "assistant", "system", "developer"):
                 refuse(f"{param}.role", "value", "must be user, assistant, system or developer")
-            message = {"role": item["role"], "content": text_of(item.get("content"), f"{param}.content")}
+            message = {"role": item["role"], "content": text_of(_needed(item, "content", param), f"{param}.content")}
             _append(messages, message)
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -110,8 +110,10 @@ def _messages(given: str | list[dict[str, Any]], instructions: str | None) -> li
             call = {"id": item.get("call_id"), "type": "function", "function": function}
             _append(messages, {"role": "assistant", "content": "", "tool_calls": [call]})
         elif kind == "function_call_output":
-            output = text_of(item.get("output"), f"{param}.output")
-            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+            output, call_id = text_of(_needed(item, "output", param), f"{param}.output"), item.get("call_id")
+            if not isinstance(call_id, str | None):
+                refuse(f"{param}.call_id", "type", "must be a string")
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
         elif kind == "reasoning":
             thoughts = text_of(item.get("content") or [], f"{param}.content")
             _append(messages, {"role": "assistant", "content": "", "reasoning_content": thoughts})
@@ -120,6 +122,12 @@ def _messages(given: str | list[dict[str, Any]], instructions: str | None) -> li
     if not messages:
         refuse("input", "length", "is empty")
     return messages
+
+
+def _needed(item: dict[str, Any], name: str, param: str) -> Any:
+    if item.get(name) is None:
+        refuse(f"{param}.{name}", "required", "is missing")
+    return item[name]
 
 
 def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
@@ -137,7 +145,7 @@ def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
 class ResponseAnswer(BlockAnswer):
     """The events, or the one object, of a response."""
 
-    grammar_param = "text.format"
+    grammar_param, prompt_param = "text.format", "input"
 
     def __init__(self, preparer: Preparer, body: ResponseBody, exchange: Exchange) -> None:
         """Raises InvalidRequest or TemplateError."""

@@ -5,25 +5,37 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+from worker_orcd.errors import FieldError, GrammarError
+
 SPACE: Final = r"( |\n[ \t]{0,40})"  # that of `engine/grammar_source.py`, for schemas inside other grammars
 _FORMATS: Final = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
 )
 _NAMED: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))  # schemas by names
 _VALUES: Final = frozenset(("const", "default", "enum", "examples", "x-guidance"))  # no schemas
+_NUMBERS: Final = frozenset(
+    ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+)
+_MAX_EXACT: Final = 2**53  # the compiler's numbers are doubles
 _LOGIC: Final = frozenset(("allOf", "if", "not", "dependentSchemas", "unevaluatedProperties"))
 _BRANCHES: Final = frozenset(("anyOf", "oneOf", "$ref", "$dynamicRef"))
 _KEYS: Final = frozenset(("properties", "required", "patternProperties", "minProperties"))
 
 
-def adapted(schema: Any) -> Any:
+def adapted(schema: Any, param: str) -> Any:
     """`schema` for a model that is to finish: what comes of it satisfies the schema that was given, too.
+
+    Raises GrammarError, naming the field `param`, for numbers that the compiler would change.
 
     An object with `properties` gets no others, unless the schema speaks of `additionalProperties` or mixes several
     schemas into one object. A format that the compiler cannot enforce (password, binary, …) is left out: JSON Schema
     calls formats remarks.
     """
-    return _adapted(schema, not _mixes(schema))
+    try:
+        return _adapted(schema, not _mixes(schema))
+    except _Inexact as keyword:
+        message = f"{param}: {keyword} has a number beyond 2^53, which cannot be enforced exactly"
+        raise GrammarError(message, [FieldError(param, "grammar", message)]) from None
 
 
 def of_function(parameters: dict[str, Any] | None) -> dict[str, Any]:
@@ -51,9 +63,21 @@ def _adapted(schema: Any, closes: bool) -> Any:
 
 
 def _part(name: str, value: Any, closes: bool) -> Any:
+    if name in _NUMBERS and _is_inexact(value):
+        raise _Inexact(name)
     if name in _NAMED and isinstance(value, dict):
         return {key: _adapted(schema, closes) for key, schema in value.items()}
     return value if name in _VALUES else _adapted(value, closes)
+
+
+class _Inexact(Exception):
+    """The keyword whose value the compiler cannot hold."""
+
+
+def _is_inexact(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_is_inexact, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and abs(value) > _MAX_EXACT
 
 
 def _is_remark(name: str, value: Any) -> bool:

@@ -52,7 +52,7 @@ def tool_grammar(
     """What an answer must be to call a tool in the way of this template's model; it may reason first.
 
     `choice` is OpenAI's `tool_choice`: "required", or one function, as an object or by name. Raises InvalidRequest
-    when there is no such function.
+    when there is no such function, and GrammarError for parameters that cannot be enforced.
     """
     functions = _functions(tools)
     if choice != "required":
@@ -61,8 +61,9 @@ def tool_grammar(
             message = "tool_choice names a function that is not among the tools"
             raise InvalidRequest(message, [FieldError("tool_choice", "unknown", message)])
         functions = {name: functions[name]}
+    calls = {name: inlined(adapted(parameters, "tools")) for name, parameters in functions.items()}
     if _is_harmony(chat_template_text, architecture):
-        return _lark(_HARMONY_START, _HARMONY_REASONING, [_harmony_call(*function) for function in functions.items()])
+        return _lark(_HARMONY_START, _HARMONY_REASONING, [_harmony_call(*call) for call in calls.items()])
     tags = _tags(chat_template_text)
     key = "parameters" if tags.is_bare and '"parameters"' in (chat_template_text or "") else "arguments"
     start = "call" if tags.is_bare or choice != "required" else 'call ("\\n" call)*'
@@ -70,7 +71,7 @@ def tool_grammar(
         start = (
             rf"reasoning /\s*/ {start}" if _is_thinking(tags, prompt) else rf'("{THINK}" reasoning /\s*/)? {start}'
         )
-    return _lark(start, _REASONING, [_tagged_call(tags, key, *function) for function in functions.items()])
+    return _lark(start, _REASONING, [_tagged_call(tags, key, *call) for call in calls.items()])
 
 
 def new_call_id() -> str:
@@ -101,14 +102,14 @@ def _lark(start: str, reasoning: str, calls: list[str]) -> Grammar:
     return Grammar("lark", "\n".join([f"start: {start}", reasoning, "call: " + "\n  | ".join(calls)]))
 
 
-def _harmony_call(name: str, parameters: Any) -> str:
+def _harmony_call(name: str, schema: str) -> str:
     header = json.dumps(f"commentary to=functions.{name} ")
-    return f'<|channel|> {header} <|constrain|> "json" <|message|> {inlined(adapted(parameters))}'
+    return f'<|channel|> {header} <|constrain|> "json" <|message|> {schema}'
 
 
-def _tagged_call(tags: Tags, key: str, name: str, parameters: Any) -> str:
-    """Only the parameters are a schema: what they refer to is found from its root."""
+def _tagged_call(tags: Tags, key: str, name: str, schema: str) -> str:
+    """Only the parameters are a `schema`: what they refer to is found from its root."""
     before, after = f'{{"name": {json.dumps(name)}, "{key}": ', "}"
     if not tags.is_bare:
         before, after = f"{tags.call_open}\n{before}", f"{after}\n{tags.call_close}"
-    return f"{json.dumps(before)} {inlined(adapted(parameters))} {json.dumps(after)}"
+    return f"{json.dumps(before)} {schema} {json.dumps(after)}"
