@@ -57,11 +57,17 @@ def receipts(config: WorkerConfig) -> dict[str, dict[str, Any]]:
         assert answer.status == 200
         return dict(answer.events[-1].data["receipt"])
 
+    async def score() -> dict[str, Any]:
+        body = {"prompt": "one", "echo": True, "max_tokens": 0, "logprobs": 2, "seed": 3}
+        answer = await rig.acall("POST", "/v1/completions", body, {"x-receipt": "full"})
+        assert answer.json["usage"]["completion_tokens"] == 0
+        return dict(answer.json["receipt"])
+
     async def scenario() -> list[dict[str, Any]]:
-        return await asyncio.gather(*map(ask, CASES))
+        return await asyncio.gather(score(), *map(ask, CASES))
 
     try:
-        return dict(zip(CASES, asyncio.run(scenario()), strict=True))
+        return dict(zip(["scored", *CASES], asyncio.run(scenario()), strict=True))
     finally:
         engine.close()
 
@@ -72,7 +78,7 @@ def written(tmp_path: Path, document: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "scored"])
 def test_the_same_comes_out(
     name: str, receipts: dict[str, Any], config: WorkerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

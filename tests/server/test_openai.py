@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,15 +17,26 @@ import pytest
 from tests.fakes import EOS, ByteTokenizer, ScriptedEngine, Step, forever, text_script
 from tests.server.client import Answer, Rig, eventually, live, make_rig
 from worker_orcd.config import WorkerConfig
-from worker_orcd.engine.request import Failed, Grammar, PromptLogprobs, Request, TokenLogprob, Tokens
+from worker_orcd.engine.request import (
+    Failed,
+    Grammar,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    Tokens,
+)
 from worker_orcd.errors import InvalidRequest, TemplateError
 from worker_orcd.server.anthropic import MessagesAnswer, MessagesBody
 from worker_orcd.server.exchange import Exchange
+from worker_orcd.server.generation import Run
 from worker_orcd.server.openai.bodies import ChatBody, CompletionBody
 from worker_orcd.server.openai.chat import ChatAnswer
+from worker_orcd.server.openai.choice import AnswerText, Choice
 from worker_orcd.server.openai.completions import CompletionAnswer
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.responses import ResponseAnswer, ResponseBody
+from worker_orcd.server.output import parser_for
 from worker_orcd.tokenizer.chat import ChatTemplate
 
 CHAT = "/v1/chat/completions"
@@ -468,6 +480,19 @@ def test_reasoning_is_told_apart() -> None:
     assert (message["reasoning_content"], message["content"]) == ("I think", "so")
     documents = chunks(rig.call("POST", CHAT, HELLO | {"stream": True}))
     assert (deltas(documents, "reasoning_content"), deltas(documents)) == ("I think", "so")
+
+
+@pytest.mark.parametrize("group", [1, 2, 10])
+def test_reasoning_tokens_are_the_same_however_tokens_come(group: int) -> None:
+    """A token whose text is held back counts with the piece that it becomes a part of."""
+    words = ["<think>", "I ", "think ", "so", ".", "</think>", "\n", "Yes", ", it", " is."]
+    tokenizer = SimpleNamespace(token_bytes=lambda token_id: words[token_id].encode())
+    run = Run(Request("a", [1], 20, SamplingParams(1)), AnswerText(tokenizer, []))
+    choice = Choice(run, parser_for("<think> </think>", "qwen3", None, ""))
+    for first in range(0, 10, group):
+        choice.push(Tokens(first, list(range(first, first + group))))
+    choice.finish(run.text.finish())
+    assert (choice.num_reasoning_tokens, choice.reasoning, choice.content) == (5, "I think so.", "Yes, it is.")
 
 
 def test_a_final_message_is_continued() -> None:

@@ -10,6 +10,7 @@ from worker_orcd.engine.request import TokenLogprob, Tokens
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.server.generation import Run
 from worker_orcd.server.output import Content, OutputParser, Piece, Reasoning, ToolCall
+from worker_orcd.server.output.pieces import add
 from worker_orcd.tokenizer.stream import TextStream
 
 if TYPE_CHECKING:
@@ -41,21 +42,25 @@ class Choice:
         self.num_reasoning_tokens = 0
         self._parser, self._is_single_call = parser, is_single_call
         self._held: list[tuple[int, Scored]] = []  # with where the token's text begins
-        self._num_pushed = self._num_released = 0
+        self._num_pushed = self._num_released = 0  # characters
+        self._num_untold = 0  # tokens of which no piece has come yet
 
     def push(self, event: Tokens) -> list[Piece]:
         """The pieces that become certain with these tokens."""
-        text = ""
+        pieces: list[Piece] = []
         for i, token_id in enumerate(event.ids):
             released = self.run.push(token_id)
-            text += released
             if event.logprobs:
                 self._hold((token_id, event.logprobs[i]), released)
+            self._num_untold += 1
+            if new := self._added(self._parser.feed(released)):
+                if all(isinstance(piece, Reasoning) for piece in new):
+                    self.num_reasoning_tokens += self._num_untold
+                self._num_untold = 0
+            for piece in new:
+                add(pieces, piece)
             if self.run.is_complete:
                 break
-        pieces = self._added(self._parser.feed(text))
-        if pieces and all(isinstance(piece, Reasoning) for piece in pieces):
-            self.num_reasoning_tokens += len(event.ids)
         return pieces
 
     def finish(self, rest: str) -> list[Piece]:

@@ -81,6 +81,7 @@ class CompletionAnswer(ChoicesAnswer):
 
     def tokens(self, run: Run, event: Tokens) -> bytes:
         if self._is_scoring:
+            run.output_ids.extend(event.ids)  # for the receipt alone
             return b""
         return self._told(run, self._choices[run.index].push(event))
 
