@@ -29,7 +29,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"device": "cpu", "backend": "cuda"}, "backend is cuda and device is cpu"),
     ({"max_tokens_out": 0}, "max_tokens_out"),
     ({"max_tokens_in": 0}, "max_tokens_in"),
-    ({"context_length": 0}, "context_length"),
+    ({"context_length": 1}, "context_length is 1; it must be from 2"),
     ({"kv_cache_size_mb": -5}, "kv_cache_size_mb"),
     ({"max_queue": -1}, "max_queue"),
     ({"max_batch": 0}, "max_batch"),
@@ -47,6 +47,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"shutdown_timeout_sec": float("inf")}, "shutdown_timeout_sec"),
     ({"worker_id": "two words"}, "worker_id"),
     ({"worker_id": "x" * 65}, "worker_id"),
+    ({"model": Path()}, "model is empty"),
     ({"model": Path("model.bin")}, r"ending in \.gguf"),
     ({"host": "0.0.0.0"}, "loopback"),
     ({"host": "192.168.1.5"}, "loopback"),
@@ -99,6 +100,14 @@ def test_flag_over_environment_over_file_over_default(model: Path, tmp_path: Pat
     assert planned_context(
         model, "--context-length", "66", LLORCH_CONFIG=str(file), LLORCH_CONTEXT_LENGTH="65"
     ) == 66  # fmt: skip
+
+
+def test_an_empty_variable_is_as_good_as_none(model: Path) -> None:
+    assert planned_context(model, LLORCH_CONFIG="", LLORCH_MODEL="", LLORCH_CONTEXT_LENGTH="") == 512
+
+
+def test_a_file_of_settings_is_read_where_there_are_some(model: Path) -> None:
+    assert run("inspect", str(model), LLORCH_CONFIG="/nonexistent.yaml").returncode == 0
 
 
 def report(model: Path, *arguments: str, **environment: str) -> dict[str, Any]:
@@ -213,6 +222,10 @@ def test_prefix_cache_on_and_off(model: Path, is_on: bool, cached: int) -> None:
     [
         (["serve", "--port", "80"], {}, "port is 80"),
         (["serve", "--port", "eighty"], {}, "eighty"),
+        (["serve", "--port", "8390.6"], {}, "'8390.6' is not an integer"),
+        (["bench", "--tokens", "9.5"], {}, "--tokens"),
+        (["serve"], {"LLORCH_MAX_BATCH": "2.0"}, "LLORCH_MAX_BATCH"),
+        (["plan", "m.gguf", "--vram-total-mb", "-5"], {}, "vram_total_mb is -5"),
         (["serve", "--no-such-flag", "1"], {}, "no-such-flag"),
         (["serve", "--device", "tpu"], {}, "tpu"),
         (["serve", "--kv-block-size", "48"], {}, "divisor of 256"),
@@ -237,7 +250,10 @@ def test_bad_settings_end_with_status_1_and_no_traceback(
 
 def test_unknown_keys_in_the_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "worker.yaml"
-    for text, reason in {"prot: 9000\n": "prot", "- 1\n": "name: value", "a: [\n": "not YAML"}.items():
+    for text, reason in {
+        "prot: 9000\n": "prot", "- 1\n": "name: value", "a: [\n": "not YAML", "serve: {port: 9999}": "'serve' is no",
+        "config: 3": "'config' is no", "port: 8390.6": "not an integer",
+    }.items():  # fmt: skip
         file.write_text(text)
         done = run("--config", str(file), "serve")
         assert done.returncode == 1

@@ -103,9 +103,9 @@ def _plan(config: WorkerConfig, gguf: GgufFile, spec: ModelSpec, cache: CacheSiz
 
 
 def _cache_size(config: WorkerConfig, spec: ModelSpec, room_bytes: int) -> CacheSize:
-    """The model's own context, lowered by --context-length and by what --kv-cache-size-mb can hold.
+    """As many contexts as `room_bytes` or --kv-cache-size-mb hold, of --context-length tokens or the model's own.
 
-    Without that, as many full contexts as `room_bytes` hold, and at least one.
+    Without --kv-cache-size-mb at least one; what that holds may shorten the model's own, never one asked for.
     """
     if config.context_length is not None and config.context_length > spec.context_length:
         raise StartFailed(
@@ -114,7 +114,8 @@ def _cache_size(config: WorkerConfig, spec: ModelSpec, room_bytes: int) -> Cache
     per_token = kv_bytes_per_token(spec.num_layers, spec.kv_width, _cache_bytes(config))
     context = config.context_length or spec.context_length
     block = config.kv_block_size if config.kv_layout == "paged" else 1
-    limit = max(room_bytes, -(-context // block) * block * per_token)
+    least = -(-context // block) * block * per_token
+    limit = max(room_bytes, least)
     if config.kv_cache_size_mb is not None:
         limit = config.kv_cache_size_mb * MIB
     if config.kv_layout == "paged":
@@ -128,7 +129,21 @@ def _cache_size(config: WorkerConfig, spec: ModelSpec, room_bytes: int) -> Cache
             f"kv_cache_size_mb is {config.kv_cache_size_mb}; a token takes {per_token} bytes, and the smallest cache "
             f"has a block of {config.kv_block_size}"
         )
+    if cache.context_length < (config.context_length or 0):
+        raise StartFailed(
+            f"context_length is {context}, which takes {-(-least // MIB)} MiB of cache; kv_cache_size_mb is "
+            f"{config.kv_cache_size_mb}, which holds {cache.context_length} tokens"
+        )
     return cache
+
+
+def shortened(config: WorkerConfig, blueprint: Blueprint) -> str:
+    """A warning where the given size of the cache shortens the model's context, else empty."""
+    context, own = blueprint.context_length, blueprint.spec.context_length
+    if config.context_length is not None or context == own:
+        return ""
+    size = config.kv_cache_size_mb
+    return f"context_length is {context}, not the model's {own}: kv_cache_size_mb {size} holds no more"
 
 
 def _cache_bytes(config: WorkerConfig) -> int:

@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from cyclopts.config import Env, Yaml
 
 from worker_orcd import __version__
 from worker_orcd.commands.options import BenchOptions
-from worker_orcd.config import WorkerConfig
+from worker_orcd.config import INTEGER, WorkerConfig
 from worker_orcd.errors import InvalidRequest, StartFailed, WorkerError
 from worker_orcd.signals import Stopped, stoppable
 
@@ -108,7 +109,9 @@ def pull(
     to: Annotated[Path, Parameter(help="Folder for the file.")] = Path(),
     revision: Annotated[str, Parameter(help="Branch, tag or commit.")] = "main",
     endpoint: Annotated[str, Parameter(help="Hub to ask.")] = "https://huggingface.co",
-    allow_host: Annotated[tuple[str, ...], Parameter(help="Further host that may be asked.")] = (),
+    allow_host: Annotated[
+        tuple[str, ...], Parameter(help="Further host that may be asked.", negative="", show_default=False)
+    ] = (),
 ) -> int:
     """Download a GGUF file from the Hugging Face hub, resuming and checking it."""
     from worker_orcd.commands.pull import run_pull
@@ -149,7 +152,7 @@ def plan(
     /,
     *,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
-    vram_total_mb: Annotated[int | None, Parameter(help="Plan for an empty GPU of so many MiB.")] = None,
+    vram_total_mb: Annotated[int | None, INTEGER, Parameter(help="Plan for an empty GPU of so many MiB.")] = None,
     config: WorkerConfig = DEFAULTS,
 ) -> int:
     """Show every byte `serve` would need for this file, read from its header alone."""
@@ -196,9 +199,9 @@ def launch(
     config: Annotated[Path | None, Parameter(name="--config", env_var="LLORCH_CONFIG", help="YAML file.")] = None,
 ) -> int:
     """Read the configuration file, then run the command."""
-    sources: list[Env | Yaml] = [Env("LLORCH_", command=False)]
+    sources: list[Callable[..., None]] = [Env("LLORCH_", command=False)]
     if config is not None:
-        sources.append(_yaml(config))
+        sources.append(lambda *where: _yaml(config)(*where))  # not read for commands without settings
     for command in (serve, haiku, chat, bench, doctor, plan, logits, replay):
         app[command.__name__].config = sources
     return int(app(tokens, exit_on_error=False, result_action="return_value") or 0)
@@ -217,12 +220,16 @@ def _yaml(path: Path) -> Yaml:
         raise StartFailed(f"config {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise StartFailed(f"config {path} must hold `name: value` lines")
+    if no_settings := [key for key in settings if key in app or key == "config"]:  # which cyclopts would pass over
+        raise StartFailed(f"config {path}: {no_settings[0]!r} is no setting; settings stand at the top level")
     return Yaml(path, must_exist=True, use_commands_as_keys=False)
 
 
 def main() -> None:
     """Console script. Never shows a traceback for something the user can mend."""
     _open_standard_files()
+    for name in [name for name, value in os.environ.items() if name.startswith("LLORCH_") and not value]:
+        del os.environ[name]  # empty is unset, as in compose files
     try:
         status = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
         if sys.stdout is not None:  # it may have been closed before we began

@@ -5,17 +5,30 @@ from __future__ import annotations
 import ipaddress
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from worker_orcd.errors import StartFailed
 
 KIB, MIB = 1024, 1024 * 1024
 ATTENTION_SPLIT = 256  # positions; attention cuts the context at its multiples, and blocks must not cross a cut
+PATHS = ("model", "api_key_file", "tls_cert_file", "tls_key_file", "tokenizer_json", "chat_template")
 WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _integer(_: type, tokens: Sequence[Token]) -> int:
+    """Raises ValueError, also for 3.5, which cyclopts itself rounds."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is not an integer") from None
+
+
+INTEGER = Parameter(converter=_integer)
 
 
 def _help(text: str, *names: str) -> Parameter:
@@ -36,9 +49,9 @@ class WorkerConfig:
         Literal["cuda", "reference"] | None,
         _help("cuda keeps weights quantized; reference is plain torch in float32, and all there is on the CPU."),
     ] = None
-    gpu_device: Annotated[int, _help("Index of the GPU.", "--gpu-device", "--gpu")] = 0
+    gpu_device: Annotated[int, INTEGER, _help("Index of the GPU.", "--gpu-device", "--gpu")] = 0
     host: Annotated[str, _help("Address to listen on; any but a loopback address needs an API key.")] = "127.0.0.1"
-    port: Annotated[int, _help("TCP port, 1024-65535.")] = 8080
+    port: Annotated[int, INTEGER, _help("TCP port, 1024-65535.")] = 8080
     api_key: Annotated[
         str, _help("Key that requests must carry. Set it as LLORCH_API_KEY: flags show in the list of processes.")
     ] = field(default="", repr=False)
@@ -55,35 +68,44 @@ class WorkerConfig:
         Path | None, _help("File with a Jinja chat template to use instead of the model file's own.")
     ] = None
     context_length: Annotated[
-        int | None, _help("Tokens per sequence, prompt and answer together; the model's own when left out.")
+        int | None,
+        INTEGER,
+        _help(
+            "Tokens per sequence, prompt and answer together; when left out the model's own, or as many as "
+            "--kv-cache-size-mb holds."
+        ),
     ] = None
-    max_tokens_in: Annotated[int | None, _help("Longest prompt in tokens; the context when left out.")] = None
-    max_tokens_out: Annotated[int, _help("Largest max_tokens a request may ask for.")] = 2048
-    max_batch: Annotated[int, _help("Requests computed together in one step.")] = 64
+    max_tokens_in: Annotated[int | None, INTEGER, _help("Longest prompt in tokens; the context when left out.")] = (
+        None
+    )
+    max_tokens_out: Annotated[int, INTEGER, _help("Largest max_tokens a request may ask for.")] = 2048
+    max_batch: Annotated[int, INTEGER, _help("Requests computed together in one step.")] = 64
     max_tokens_per_step: Annotated[
         int | None,
+        INTEGER,
         _help("Tokens computed in one step, prompts and answers together; chosen for the device when left out."),
     ] = None
-    max_queue: Annotated[int, _help("Requests that may wait; the next one gets 429 with Retry-After.")] = 128
+    max_queue: Annotated[int, INTEGER, _help("Requests that may wait; the next one gets 429 with Retry-After.")] = 128
     scheduling_policy: Annotated[
         Literal["fcfs", "priority", "shortest-prompt-first"],
         _help("Who leaves the queue first; within a policy the older request."),
     ] = "fcfs"
     kv_cache_size_mb: Annotated[
         int | None,
+        INTEGER,
         _help(
             "Size of the KV cache in MiB; when left out every place of the batch gets a full context, as far as free "
             "VRAM goes (on the CPU 256 MiB), but at least one of them does."
         ),
     ] = None
     vram_reserve_mb: Annotated[
-        int, _help("VRAM in MiB that a cache without a given size leaves free, for what no plan foresees.")
+        int, INTEGER, _help("VRAM in MiB that a cache without a given size leaves free, for what no plan foresees.")
     ] = 512
     kv_layout: Annotated[
         Literal["paged", "contiguous"],
         _help("paged shares the cache in blocks; contiguous gives each request a full context, and no prefix cache."),
     ] = "paged"
-    kv_block_size: Annotated[int, _help("Tokens in a block of the paged cache: a divisor of 256.")] = 32
+    kv_block_size: Annotated[int, INTEGER, _help("Tokens in a block of the paged cache: a divisor of 256.")] = 32
     cuda_graphs: Annotated[
         bool, _help("Record the steps that only generate, and replay them; the answers are the same without.")
     ] = True
@@ -94,7 +116,7 @@ class WorkerConfig:
     shutdown_timeout_sec: Annotated[
         float, _help("Seconds that running requests get to finish after SIGTERM or POST /shutdown.")
     ] = 30.0
-    load_chunk_bytes: Annotated[int, _help("Bytes read from the model file at once.")] = MIB
+    load_chunk_bytes: Annotated[int, INTEGER, _help("Bytes read from the model file at once.")] = MIB
     log_level: Annotated[
         Literal["debug", "info", "warn", "error", "mute"], _help("Least level written to the log.")
     ] = "info"
@@ -113,22 +135,22 @@ class WorkerConfig:
             return False
 
     def __post_init__(self) -> None:
-        _in_range("port", self.port, 1024, 65535)
-        _in_range("gpu_device", self.gpu_device, 0, 1023)
-        _in_range("max_tokens_out", self.max_tokens_out, 1, 2**20)
-        _in_range("max_queue", self.max_queue, 0, 2**16)
-        _in_range("max_batch", self.max_batch, 1, 1024)
+        in_range("port", self.port, 1024, 65535)
+        in_range("gpu_device", self.gpu_device, 0, 1023)
+        in_range("max_tokens_out", self.max_tokens_out, 1, 2**20)
+        in_range("max_queue", self.max_queue, 0, 2**16)
+        in_range("max_batch", self.max_batch, 1, 1024)
         if self.max_tokens_per_step is not None:
-            _in_range("max_tokens_per_step", self.max_tokens_per_step, self.max_batch, 2**20)
+            in_range("max_tokens_per_step", self.max_tokens_per_step, self.max_batch, 2**20)
         if self.kv_block_size < 1 or ATTENTION_SPLIT % self.kv_block_size:
             raise StartFailed(f"kv_block_size is {self.kv_block_size}; it must be a divisor of {ATTENTION_SPLIT}")
-        _in_range("load_chunk_bytes", self.load_chunk_bytes, KIB, 2048 * MIB)
-        _in_range("vram_reserve_mb", self.vram_reserve_mb, 0, 2**20)
-        for name in ("context_length", "max_tokens_in", "kv_cache_size_mb"):
+        in_range("load_chunk_bytes", self.load_chunk_bytes, KIB, 2048 * MIB)
+        in_range("vram_reserve_mb", self.vram_reserve_mb, 0, 2**20)
+        for name, least in (("context_length", 2), ("max_tokens_in", 1), ("kv_cache_size_mb", 1)):
             if (value := getattr(self, name)) is not None:
-                _in_range(name, value, 1, 2**31 - 1)
+                in_range(name, value, least, 2**31 - 1)
         for name in ("inference_timeout_sec", "shutdown_timeout_sec"):
-            _in_range(name, getattr(self, name), 0.001, 86400.0)
+            in_range(name, getattr(self, name), 0.001, 86400.0)
         if self.device == "cpu" and self.backend == "cuda":
             raise StartFailed("backend is cuda and device is cpu; leave --backend out, or choose --device cuda")
         if not self.worker_id:
@@ -137,6 +159,9 @@ class WorkerConfig:
             raise StartFailed(
                 f"worker_id is {self.worker_id[:80]!r}; it must be a UUID or 1-64 letters, digits, '-', '_' and '.'"
             )
+        for name in PATHS:
+            if getattr(self, name) == Path():  # an empty flag, too
+                raise StartFailed(f"{name} is empty; name a file, or leave it out")
         if self.model is not None and self.model.suffix.lower() != ".gguf":
             raise StartFailed(f"model is {str(self.model)!r}; a path ending in .gguf is needed")
         self._check_exposure()
@@ -153,6 +178,7 @@ class WorkerConfig:
             raise StartFailed("tls_cert_file and tls_key_file go together; one of them is missing")
 
 
-def _in_range(name: str, value: float, low: float, high: float) -> None:
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises StartFailed with value and limits."""
     if not low <= value <= high:
         raise StartFailed(f"{name} is {value}; it must be from {low} to {high}")

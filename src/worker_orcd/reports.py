@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from worker_orcd.assemble import draw_up, fill_vram
-from worker_orcd.config import MIB, WorkerConfig
+from worker_orcd.assemble import draw_up, fill_vram, shortened
+from worker_orcd.config import MIB, WorkerConfig, in_range
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.reader import GgufFile, StringArray, Value
 from worker_orcd.vram.card import free_vram_bytes
@@ -93,6 +93,8 @@ def _inspect_table(report: dict[str, Any]) -> str:
 
 def plan_report(path: Path, config: WorkerConfig, as_json: bool, vram_total_mb: int | None = None) -> str:
     """Every byte `serve` would need, and whether so many are free. Raises ModelLoadFailed as `serve` would."""
+    if vram_total_mb is not None:
+        in_range("vram_total_mb", vram_total_mb, 1, 2**24)
     config = replace(config, model=path)
     free_bytes = free_vram_bytes(config.gpu_device) if config.device == "cuda" else None
     free_bytes = free_bytes if vram_total_mb is None else vram_total_mb * MIB
@@ -123,6 +125,8 @@ def plan_report(path: Path, config: WorkerConfig, as_json: bool, vram_total_mb: 
     lines += [f"  {item.purpose:14}{item.nbytes:16,}  {item.detail}" for item in plan.items]
     lines.append(f"  {'total':14}{plan.total_bytes:16,}  {_size(plan.total_bytes)}, the most at any time")
     lines.append(f"{cache.num_tokens:,} tokens of cache for up to {cache.context_length:,} tokens in a sequence")
+    if warning := shortened(config, blueprint):
+        lines.append(f"Note: {warning}.")
     if free_bytes is not None and plan.total_bytes <= free_bytes:
         lines.append(f"{_size(free_bytes)} free: fits")
     elif free_bytes is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from worker_orcd import __version__, assemble
-from worker_orcd.assemble import Blueprint, Texts, draw_up, load_runtime, load_texts
+from worker_orcd.assemble import Blueprint, Texts, draw_up, load_runtime, load_texts, shortened
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.client import EngineClient
 from worker_orcd.engine.loop import EngineFacts
@@ -58,6 +58,8 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         tls = tls_context(config)
         listener = bind(config.host, config.port)
         blueprint = draw_up(config)
+        if warning := shortened(config, blueprint):
+            _warn(narrator, "start", warning)
         link = ProcessLink(ENGINE_MODULE)
         texts = load_texts(config, blueprint)
         blueprint.gguf.close()

@@ -255,8 +255,21 @@ def test_context_length_and_cache_cap_shrink_the_cache(model: Path) -> None:
     assert capped.context_length == MIB // per_token // 32 * 32
     whole = draw_up(WorkerConfig(model=tiny_long(model), kv_cache_size_mb=1, kv_layout="contiguous"))
     assert whole.context_length == MIB // per_token
+    for layout, held in (("paged", MIB // per_token // 32 * 32), ("contiguous", MIB // per_token)):
+        settings: dict[str, Any] = {"model": tiny_long(model), "kv_cache_size_mb": 1, "kv_layout": layout}
+        assert draw_up(WorkerConfig(context_length=held, **settings)).context_length == held
+        with pytest.raises(StartFailed, match=rf"context_length is {held + 1}, which takes 2 MiB .* holds {held} "):
+            draw_up(WorkerConfig(context_length=held + 1, **settings))
     with pytest.raises(StartFailed, match="allows 512"):
         draw_up(WorkerConfig(model=model, context_length=513))
+
+
+def test_a_context_shortened_by_the_size_of_the_cache_is_told(model: Path) -> None:
+    path = tiny_long(model)
+    told = plan_report(path, WorkerConfig(device="cpu", kv_cache_size_mb=1), as_json=False)
+    assert re.search(r"context_length is \d+, not the model's 1000000: kv_cache_size_mb 1 holds no more", told)
+    for config in (WorkerConfig(device="cpu", context_length=64, kv_cache_size_mb=1), WorkerConfig(device="cpu")):
+        assert "not the model's" not in plan_report(path, config, as_json=False)
 
 
 def test_a_cache_too_small_for_anything_is_refused(model: Path) -> None:
