@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.tokenizer.vocabularies import unpack
 from worker_orcd.commands import doctor, gpu_probe
+from worker_orcd.commands.worker_process import free_port
 from worker_orcd.config import WorkerConfig
 
 H200 = {
@@ -27,14 +31,53 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_machine_that_can_serve_on_the_cpu(tmp_path: Path) -> None:
     model = tiny.build("llama").write(tmp_path / "tiny.gguf")
-    done = run("--device", "cpu", "--model", str(model), "--json")
+    done = run("--device", "cpu", "--model", str(model), "--port", str(free_port()), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["can_serve"] is True
-    assert {finding["name"] for finding in report["findings"]} == {"python", "torch", "disk", "host memory"}
+    assert {finding["name"] for finding in report["findings"]} == {
+        "python", "torch", "address", "model", "disk", "host memory",
+    }  # fmt: skip
     [fit] = report["fits"]
     assert fit["fits"] is True
     assert fit["planned_bytes"] > 2**28  # Python and torch alone
+
+
+def missing(capsys: pytest.CaptureFixture[str], **settings: Any) -> dict[str, str]:
+    """Name and remedy of all that keeps `serve` from working on the CPU, which the exit status says too."""
+    status = doctor.run_doctor(WorkerConfig(device="cpu", **{"port": free_port()} | settings), as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    found = {finding["name"]: finding["remedy"] for finding in report["findings"] if finding["grade"] == "missing"}
+    assert (status, report["can_serve"]) == ((1, False) if found else (0, True))
+    return found
+
+
+def test_what_serve_would_refuse_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("llama").write(tmp_path / "tiny.gguf")
+    assert not missing(capsys, model=model)
+    for name, content in {"empty": b"", "text": b"words of a sentence", "cut": model.read_bytes()[:5000]}.items():
+        bad = tmp_path / f"{name}.gguf"
+        bad.write_bytes(content)
+        assert str(bad) in missing(capsys, model=bad)["model"]
+    fifo = tmp_path / "fifo.gguf"
+    os.mkfifo(fifo)
+    for path, why in (
+        (unpack("phi-3", tmp_path), "holds a vocabulary"),
+        (fifo, "FIFO"),
+        (tmp_path / "no.gguf", "No such"),
+    ):
+        assert why in missing(capsys, model=path)["model"]
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% if %}")
+    assert "not valid" in missing(capsys, model=model, chat_template=template)["model"]
+    assert "nowhere" in missing(capsys, model=model, api_key_file=Path("nowhere"))["address"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port}" in missing(capsys, model=model, port=port)["address"]
+    monkeypatch.setattr(doctor, "_memory_bytes", lambda: 10**6)
+    assert "1000000 are free" in missing(capsys)["model"], "the embedded one, which serve takes"
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a GPU")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker_orcd.assemble import draw_up
+from worker_orcd.assemble import draw_up, embedded_model, load_texts
 from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import WorkerError
 from worker_orcd.kernels.nvrtc import cache_folder, nvrtc_version
@@ -28,6 +28,7 @@ from worker_orcd.synthetic import write_header
 
 PROBE_S = 120.0
 READ_BYTES, PIECE_BYTES = 2**27, 2**22
+LEAST_TIMED_BYTES = 2**24
 SLOW_DISK_GBPS, SLOW_PCIE_GBPS = 0.5, 4.0  # below, loading takes noticeably long
 LEAST_MEMORY_BYTES = 2**31  # two processes with Python and torch, and the buffers of a load
 LEAST_CAPABILITY = (8, 0)  # bfloat16 on the tensor cores
@@ -63,8 +64,8 @@ class Fit:
 def run_doctor(config: WorkerConfig, as_json: bool) -> int:
     """Show the findings; exit status 1 when one is missing that `serve` needs with this configuration."""
     gpu = _probe(config) if config.device == "cuda" else {}
-    findings = list(_findings(config, gpu))
     free = gpu.get("free_bytes") if config.device == "cuda" else _memory_bytes()
+    findings = list(_findings(config, gpu, free))
     fits = list(_fits(config, free))
     is_well = all(finding.grade != "missing" for finding in findings)
     if as_json:
@@ -75,7 +76,7 @@ def run_doctor(config: WorkerConfig, as_json: bool) -> int:
     return 0 if is_well else 1
 
 
-def _findings(config: WorkerConfig, gpu: dict[str, Any]) -> Iterator[Finding]:
+def _findings(config: WorkerConfig, gpu: dict[str, Any], free_bytes: int | None) -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     torch = _version("torch")
     yield _found("torch", torch, "pip install torch")
@@ -85,7 +86,11 @@ def _findings(config: WorkerConfig, gpu: dict[str, Any]) -> Iterator[Finding]:
             yield _found("triton", _version("triton"), "pip install 'worker-orcd[gpu]'")
             yield _nvrtc()
             yield _kernel_cache()
-    yield _disk(config)
+    yield _address(config)
+    model = _model(config, free_bytes)
+    yield model
+    if model.grade == "ok":
+        yield _disk(config)
     memory = _memory_bytes()
     is_enough = memory >= LEAST_MEMORY_BYTES
     remedy = "" if is_enough else f"close other programs; loading needs about {_size(LEAST_MEMORY_BYTES)}"
@@ -141,9 +146,41 @@ def _kernel_cache() -> Finding:
         return Finding("kernel cache", "slow", f"{about}, not writable: {error.strerror}", remedy)
 
 
+def _address(config: WorkerConfig) -> Finding:
+    """Keys, certificate and port, by what `serve` does with them."""
+    from worker_orcd.server.auth import ApiKeys
+    from worker_orcd.server.run import bind, tls_context
+
+    about = f"{config.host} port {config.port}"
+    try:
+        ApiKeys.of(config)
+        tls_context(config)
+        bind(config.host, config.port).close()
+    except WorkerError as error:
+        return Finding("address", "missing", f"{about} cannot be served", error.message)
+    return Finding("address", "ok", about)
+
+
+def _model(config: WorkerConfig, free_bytes: int | None) -> Finding:
+    """What `serve` asks of a model before it loads it: a sound file, its texts, and room."""
+    path = config.model or embedded_model()
+    try:
+        blueprint = draw_up(config)
+        with blueprint.gguf:
+            load_texts(config, blueprint)
+        if free_bytes is not None:
+            blueprint.plan.in_context().require(free_bytes, config.device, str(path))
+    except WorkerError as error:
+        return Finding("model", "missing", f"{path} cannot be served", error.message)
+    return Finding("model", "ok", f"{path.name}, {blueprint.spec.architecture}, {blueprint.gguf.quant_kind}")
+
+
 def _disk(config: WorkerConfig) -> Finding:
     """Speed of reading the model file, or one written for it, past the page cache where that can be done."""
     if config.model is not None:
+        size = config.model.stat().st_size
+        if size < LEAST_TIMED_BYTES:
+            return Finding("disk", "ok", f"{config.model.name} has {_size(size)}, too few to be timed")
         return _read_speed(config.model, f"where {config.model.name} lies")
     here = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.gettempdir())
     try:
@@ -191,9 +228,9 @@ def _fit(name: str, config: WorkerConfig, free_bytes: int | None) -> Fit:
     except WorkerError as error:
         return Fit(name, 0, False, error.message)
     blueprint.gguf.close()
-    needed = blueprint.plan.total_bytes
-    remark = f"{blueprint.context_length} tokens of context"
-    return Fit(name, needed, None if free_bytes is None else needed <= free_bytes, remark)
+    plan = blueprint.plan
+    is_room = None if free_bytes is None else plan.in_context().total_bytes <= free_bytes  # a probe has its context
+    return Fit(name, plan.total_bytes, is_room, f"{blueprint.context_length} tokens of context")
 
 
 def _probe(config: WorkerConfig) -> dict[str, Any]:
