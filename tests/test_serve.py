@@ -26,6 +26,14 @@ def served() -> Iterator[Worker]:
         yield running
 
 
+def test_what_may_not_be_expected_is_warned_of() -> None:
+    with real_worker("--kv-cache-size-mb", "1") as worker:
+        worker.wait_for("ready")
+        [warning] = worker.events("error")
+    assert (warning["level"], warning["action"]) == ("WARN", "start")
+    assert "context_length is 160, not the model's 2048" in warning["reason"]
+
+
 def ids(events: list[tuple[str, dict[str, Any]]]) -> list[int]:
     return [data["id"] for name, data in events if name == "token"]
 

@@ -58,10 +58,11 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         tls = tls_context(config)
         listener = bind(config.host, config.port)
         blueprint = draw_up(config)
-        if warning := shortened(config, blueprint):
-            _warn(narrator, "start", warning)
         link = ProcessLink(ENGINE_MODULE)
         texts = load_texts(config, blueprint)
+        for warning in (shortened(config, blueprint), texts.chat_template and texts.chat_template.problem):
+            if warning:
+                _warn(narrator, "start", warning)
         blueprint.gguf.close()
         facts = _load_model(config, blueprint, texts, link, narrator)
         metrics = PrometheusMetrics(

@@ -301,6 +301,9 @@ def test_template_of_a_model_file(tmp_path: Path) -> None:
     assert template.render([{"content": "x"}], tools=[1]) == "x é</s>"
     with pytest.raises(ModelLoadFailed, match=r"absent\.jinja|No such file"):
         ChatTemplate.load(gguf, tokenizer, tmp_path / "absent.jinja")
+    file.write_text("{% if %}")
+    with pytest.raises(ModelLoadFailed, match=r"chat\.jinja: the chat template is not valid, line 1"):
+        ChatTemplate.load(gguf, tokenizer, file)
     file.write_bytes(b"x" * (MAX_SOURCE_BYTES + 1))
     with pytest.raises(ModelLoadFailed, match="more than"):
         ChatTemplate.load(gguf, tokenizer, file)

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 from jinja2 import Template, TemplateSyntaxError, UndefinedError, pass_context
 from jinja2.runtime import Context
 
-from worker_orcd.errors import TemplateError
+from worker_orcd.errors import ModelLoadFailed, TemplateError
 from worker_orcd.gguf.access import TypedAccess
 from worker_orcd.tokenizer.base import Tokenizer
 from worker_orcd.tokenizer.budget import Budget, BudgetExceeded
@@ -49,11 +49,17 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, gguf: TypedAccess, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate | None:
-        """The template in `file`, else that of the model; None when it has none. Raises ModelLoadFailed."""
+        """The template in `file`, else that of the model; None when it has none.
+
+        Raises ModelLoadFailed for a file that cannot be used; the model's own is not asked for, and may be bad.
+        """
         ids = (tokenizer.bos_id, tokenizer.eos_id)
         bos, eos = ("" if i is None else tokenizer.decode([i], skip_special=False) for i in ids)
         if file is not None:
-            return cls(read_limited(file, "chat template", MAX_SOURCE_BYTES).decode("utf-8", "replace"), bos, eos)
+            given = cls(read_limited(file, "chat template", MAX_SOURCE_BYTES).decode("utf-8", "replace"), bos, eos)
+            if given.problem:
+                raise ModelLoadFailed(f"{file}: {given.problem}")
+            return given
         source = gguf.get("tokenizer.chat_template", str, None)
         tool_source = gguf.get("tokenizer.chat_template.tool_use", str, None)
         if source is None:
@@ -63,6 +69,11 @@ class ChatTemplate:
             template.with_tools = cls(tool_source, bos, eos)
             template.source += tool_source
         return template
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can be rendered, or empty."""
+        return self._template.message if isinstance(self._template, TemplateError) else ""
 
     def _compiled(self) -> Template | TemplateError:
         size = len(self.source.encode("utf-8", "surrogatepass"))
