@@ -103,8 +103,11 @@ def test_several_receipts_are_all_compared(
     good, bad = receipts["sampled"], receipts["greedy"] | {"max_tokens": 3}
     assert run_replay(written(tmp_path, {"choices": [], "receipts": [good, receipts["eos"]]}), config) == 0
     assert run_replay(written(tmp_path, {"receipts": [bad, good]}), config) == 1
+    events = [{"t": '"receipt"'}, {"t": ".", "receipt": good}, {"receipt": bad}]
+    stream = "".join(f"event: any\ndata: {json.dumps(event)}\n\n" for event in events)
+    assert run_replay(written(tmp_path, f"{stream}data: [DONE]\n\n"), config) == 1
     told = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert told == ["identical", "identical", "DIFFERENT", "identical"]
+    assert told == ["identical", "identical", "DIFFERENT", "identical", "identical", "DIFFERENT"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,7 @@ def test_other_kernels_are_mentioned(
     ("document", "reason"),
     [
         ("", "not JSON"),
+        ("event: end\ndata: {}\n\n", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "is none"),
         ("[1]", "is none"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -50,10 +50,10 @@ def _is_same(core: EngineCore, number: int, receipt: Receipt) -> bool:
 
 
 def read_receipts(path: Path) -> list[Receipt]:
-    """A receipt, or those in an event or a body that carries them. Raises InvalidRequest."""
+    """A receipt, or those in an event, a stream or a body that carries them. Raises InvalidRequest."""
     try:
         with path.open("rb") as file:
-            document = msgspec.json.decode(file.read(MAX_RECEIPT_BYTES))
+            document = _document(file.read(MAX_RECEIPT_BYTES))
         if isinstance(document, dict):
             document = document.get("receipts") or [document.get("receipt", document)]
         receipts: list[Receipt] = msgspec.convert(document, Receipts, str_keys=True)
@@ -71,6 +71,14 @@ def read_receipts(path: Path) -> list[Receipt]:
         if ids_sha256(receipt.prompt_ids) != receipt.prompt_sha256:
             raise InvalidRequest(f"receipt {path} was changed: its prompt_ids do not give its prompt_sha256")
     return receipts
+
+
+def _document(raw: bytes) -> Any:
+    """JSON, or the receipts in events of a stream, whole or a part of it. Raises ValueError."""
+    lines = [line for line in raw.splitlines() if line.startswith(b"data:") and b'"receipt"' in line]
+    events = [msgspec.json.decode(line.removeprefix(b"data:")) for line in lines]
+    found = [event["receipt"] for event in events if isinstance(event, dict) and "receipt" in event]
+    return found or msgspec.json.decode(raw)
 
 
 def rerun(core: EngineCore, number: int, receipt: Receipt) -> tuple[list[int], StopReason]:
