@@ -80,7 +80,15 @@ def test_nobody_there_is_one_line() -> None:
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.startswith("WORKER_UNREACHABLE: http://127.0.0.1:9: ")
-    for address in ("ftp://x", "nonsense", "http://"):
+    odd = (
+        "http://localhost:99999",
+        "http://localhost:abc",
+        "http://[::1",
+        "http://ä..b:80",
+        "http://a/ä",
+        "http://a b/",
+    )
+    for address in ("ftp://x", "nonsense", "http://", *odd):
         with pytest.raises(InvalidRequest, match="http://127"):
             WorkerClient(address)
 

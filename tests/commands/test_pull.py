@@ -150,7 +150,7 @@ def test_a_repository_that_is_not_there_is_named(hub: Hub, tmp_path: Path) -> No
         ("https://huggingface.co/x", True), ("https://cdn-lfs.huggingface.co/x", True), ("https://a.b.hf.co/", True),
         ("http://huggingface.co/x", False), ("https://huggingface.co.evil.org/", False),
         ("https://evilhf.co/", False), ("https://huggingface.co@evil.org/", False),
-        ("file:///etc/passwd", False), ("", False),
+        ("file:///etc/passwd", False), ("", False), ("foo", False), ("https://[x", False),
     ],
 )  # fmt: skip
 def test_which_hosts_are_allowed(url: str, is_allowed: bool) -> None:

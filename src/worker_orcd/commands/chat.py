@@ -173,21 +173,13 @@ def run_chat(config: WorkerConfig, url: str | None, system: str) -> int:
                 stack.enter_context(running_worker(config))
             url = f"http://127.0.0.1:{config.port}"
         client = WorkerClient(url, config.api_key, config.inference_timeout_sec)
-        model = _model(client)
+        model = client.model()
         terminal.note(f"{model} · /help lists what else can be typed")
         return _converse(client, model, conversation, terminal)
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
-
-
-def _model(client: WorkerClient) -> str:
-    """The name of the first model served."""
-    try:
-        return str(client.get("/v1/models")["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
-        raise RequestRefused(f"{client.url} names no model at /v1/models") from None
 
 
 def _converse(client: WorkerClient, model: str, conversation: Conversation, terminal: Terminal) -> int:

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from worker_orcd.errors import InvalidRequest, WorkerError
 
@@ -31,12 +31,18 @@ class WorkerClient:
     """One request at a time, each on a connection of its own. `key` is the API key, or empty."""
 
     def __init__(self, url: str, key: str = "", timeout_s: float = 300.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if (parts := _parts(url)) is None:
             raise InvalidRequest(f"url is {url!r}; an address such as http://127.0.0.1:8080 is needed")
         self.url = url
         self._parts, self._timeout_s = parts, timeout_s
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def model(self) -> str:
+        """The name of the first model served."""
+        try:
+            return str(self.get("/v1/models")["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise RequestRefused(f"{self.url} names no model at /v1/models") from None
 
     def get(self, path: str) -> Any:
         """The JSON at `path`."""
@@ -90,6 +96,16 @@ class WorkerClient:
         return WorkerUnreachable(f"{self.url}: {what}; start one with `worker-orcd serve`, or check the address")
 
 
+def _parts(url: str) -> SplitResult | None:
+    """None for what http.client could not ask: it would fail on some of it in other ways than on a broken network."""
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.scheme in ("http", "https") and parts.port != 0 and (parts.hostname or "").encode("idna")
+    except ValueError:
+        return None
+    return parts if is_sound and parts.path.isascii() and url.isprintable() and " " not in url else None
+
+
 def _decoded(raw: bytes) -> Any:
     try:
         return json.loads(raw)
@@ -109,4 +125,7 @@ def refusal_of(error: Any, otherwise: str) -> RequestRefused:
     """From the error object of an answer or of a stream, whatever is in it."""
     told = error if isinstance(error, dict) else {}
     code = f" ({told['code']})" if isinstance(told.get("code"), str) else ""
-    return RequestRefused(f"{told.get('message') or otherwise}{code}")
+    details = told.get("details")
+    fields = details.get("errors") if isinstance(details, dict) else None
+    said = [str(field["message"]) for field in fields or () if isinstance(field, dict) and field.get("message")]
+    return RequestRefused(f"{told.get('message') or otherwise}{code}" + (f": {'; '.join(said)}" if said else ""))

@@ -96,12 +96,15 @@ def _is_safe(name: str) -> bool:
 
 def check_host(url: str, allowed: Sequence[str]) -> None:
     """Raises PullFailed unless the host of `url`, or one above it, is allowed; loopback alone may do without TLS."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").lower()
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").lower()
+    except ValueError:
+        host = ""
+    if not host:
+        raise PullFailed(f"{url!r} names no host; an address such as {ENDPOINT} is needed")
     if not any(host == name or host.endswith(f".{name}") for name in allowed):
-        raise PullFailed(
-            f"{host or url} is not on the list of hosts to download from; --allow-host {host} puts it there"
-        )
+        raise PullFailed(f"{host} is not on the list of hosts to download from; --allow-host {host} puts it there")
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
         raise PullFailed(f"{url!r} is not HTTPS")
 
