@@ -80,6 +80,14 @@ def test_a_random_model_is_written_once_and_measured(tmp_path: Path, monkeypatch
         run_bench(WorkerConfig(device="cpu"), BenchOptions(synthetic="nope:Q4_0"))
 
 
+def test_what_cannot_work_is_refused_before_the_measuring(tmp_path: Path) -> None:
+    config = WorkerConfig(device="cpu")
+    wrong = BenchOptions(tokens=99999), BenchOptions(json=tmp_path / "no" / "x"), BenchOptions(json=tmp_path)
+    for options, reason in zip(wrong, ("this model allows 2048", "cannot write", "cannot write"), strict=True):
+        with pytest.raises(InvalidRequest, match=reason):
+            run_bench(config, options)
+
+
 @pytest.mark.parametrize(
     ("wrong", "part"),
     [

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from worker_orcd.assemble import embedded_model
+from worker_orcd.assemble import draw_up, embedded_model
 from worker_orcd.commands.client import RequestRefused, WorkerClient
 from worker_orcd.commands.options import BenchOptions
 from worker_orcd.commands.plot import draw_charts
@@ -53,6 +53,8 @@ Measure = Callable[[int], Row]
 def run_bench(config: WorkerConfig, options: BenchOptions) -> int:
     """Measure, show a table, write what was asked for."""
     console = Console()
+    for path in filter(None, (options.json, options.plot)):
+        _check_writable(path)  # not after all the measuring
     if options.synthetic is not None:
         config = replace(config, model=synthetic_model(options.synthetic, console))
     with console.status("getting ready …"):
@@ -102,8 +104,14 @@ def _in_process(config: WorkerConfig, options: BenchOptions) -> tuple[str, Measu
 
     context = options.prompt_tokens + options.tokens + 1
     largest = max(options.sizes)
-    config = replace(config, model=config.model or embedded_model(), context_length=context, max_batch=largest)
-    core, facts = load_core(config)
+    config = replace(config, model=config.model or embedded_model(), context_length=None, max_batch=largest)
+    with (blueprint := draw_up(config)).gguf:
+        if context > (allowed := blueprint.spec.context_length):
+            raise InvalidRequest(
+                f"prompt_tokens is {options.prompt_tokens} and tokens {options.tokens}, which needs a context of "
+                f"{context}; this model allows {allowed}"
+            )
+    core, facts = load_core(replace(config, context_length=context))
     run_batch(core, 1, options.prompt_tokens, 2)  # warms up
 
     def measure(batch: int) -> Row:
@@ -126,7 +134,7 @@ class Stream:
 
 def _over_http(config: WorkerConfig, options: BenchOptions) -> tuple[str, Measure]:
     client = WorkerClient(options.url or "", config.api_key, config.inference_timeout_sec)
-    model = str(client.get("/v1/models")["data"][0]["id"])
+    model = client.model()
     draw = random.Random(0)
     probe = _stream(client, model, " ".join(draw.choices(WORDS, k=64)), 2)
     num_words = max(1, round(options.prompt_tokens * 64 / max(1, probe.prompt_tokens)))
@@ -199,6 +207,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InvalidRequest(f"cannot write {path}; name a file in a folder that is there and can be written to")
 
 
 def _write(path: Path, text: str) -> None:
