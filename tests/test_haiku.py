@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,23 @@ def test_the_same_seed_gives_the_same_ids(haiku: Haiku, temperature: float) -> N
     alone = [haiku.ask([one], temperature=temperature)[0] for one in asked]
     assert haiku.ask(asked, temperature=temperature) == alone
     assert haiku.ask(asked[::-1], temperature=temperature) == alone[::-1]
+
+
+@pytest.mark.parametrize("command", ["haiku", "chat"])
+def test_a_worker_that_cannot_start_says_so_in_one_line(command: str) -> None:
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-m", "worker_orcd", command]
+    done = subprocess.run(line, input="hi\n", capture_output=True, text=True, timeout=90, env=env)
+    assert done.returncode == 1
+    [told] = done.stderr.splitlines()
+    assert told.startswith("WORKER_START_FAILED: no usable NVIDIA GPU")
+
+
+def test_a_request_that_is_refused_is_explained() -> None:
+    command = [sys.executable, "-m", "worker_orcd", "haiku", "--device", "cpu", "--prompt", ""]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert "prompt has 0 characters" in done.stderr.splitlines()[-1]
 
 
 def test_the_command_shows_it_and_stops_the_worker() -> None:

@@ -27,7 +27,7 @@ def private(config: WorkerConfig) -> WorkerConfig:
         model=config.model or embedded_model(),
         host="127.0.0.1",
         port=free_port(),
-        log_level="error",
+        log_level="mute",  # it still says in one line why it cannot start
         api_key_file=None,
         tls_cert_file=None,
         tls_key_file=None,
@@ -67,11 +67,13 @@ def running_worker(config: WorkerConfig) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _wait_until_ready(config: WorkerConfig, worker: subprocess.Popen[bytes]) -> None:
-    """Raises StartFailed when the worker ends or takes longer than START_TIMEOUT_S."""
+    """Raises StartFailed when the worker ends or takes longer than START_TIMEOUT_S; leaves when it has said why."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if worker.poll() is not None:
-            raise StartFailed(f"the worker ended with status {worker.returncode}; its error stands above")
+        if worker.poll() == 1:
+            sys.exit(1)
+        if worker.returncode is not None:
+            raise StartFailed(f"the worker ended with status {worker.returncode}")
         try:
             with socket.create_connection(("127.0.0.1", config.port), timeout=1.0):
                 return
