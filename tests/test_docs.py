@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.fakes import ScriptedEngine
+from tests.server.client import live
 from worker_orcd import errors
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.metrics import PrometheusMetrics
@@ -84,5 +89,11 @@ def test_the_unit_and_the_image_start_the_command() -> None:
     image = (ROOT / "deploy" / "Dockerfile").read_text()
     assert "USER 10001" in image
     assert 'ENTRYPOINT ["/opt/worker-orcd/bin/worker-orcd"]' in image
+    check = re.findall(r"^HEALTHCHECK .* CMD (.*)$", image.replace("\\\n", ""), re.MULTILINE)[0]
+    with live(ScriptedEngine(lambda _: [])) as server:
+        for port, status in ((server.port, 0), (9, 1)):
+            env = os.environ | {"LLORCH_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
+            done = subprocess.run([sys.executable, *json.loads(check)[1:]], env=env, capture_output=True, timeout=30)
+            assert done.returncode == status, done.stderr
     for source in re.findall(r"^COPY (?!--)(.*) \S+$", image, re.MULTILINE):
         assert all((ROOT / name).exists() for name in source.split())
