@@ -17,7 +17,7 @@ from worker_orcd import cli
 from worker_orcd.assemble import build_core, draw_up, load_runtime
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.core import EngineCore
-from worker_orcd.engine.request import Request, SamplingParams, Started
+from worker_orcd.engine.request import Request, SamplingParams
 from worker_orcd.engine.scheduler import SchedulerLimits
 from worker_orcd.errors import StartFailed
 
@@ -214,7 +214,7 @@ def test_prefix_cache_on_and_off(model: Path, is_on: bool, cached: int) -> None:
         events = []
         while core.has_work:
             events += core.tick().events
-    assert events[0] == (2, Started(cached))
+    assert (events[0][0], events[0][1].cached_tokens) == (2, cached)
 
 
 @pytest.mark.parametrize(
