@@ -100,8 +100,9 @@ def test_no_framing_is_read_in_two_ways() -> None:
     ],
 )
 @pytest.mark.parametrize("body", [b"hello", b"5\r\nhello\r\n0\r\n\r\n"])
-def test_ambiguous_framings_end_the_connection(framing: bytes, body: bytes) -> None:
-    raw = b"POST /a HTTP/1.1\r\nHost: h\r\n" + framing + b"\r\n\r\n" + body
+@pytest.mark.parametrize("offer", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"])
+def test_ambiguous_framings_end_the_connection(framing: bytes, body: bytes, offer: bytes) -> None:
+    raw = b"POST /a HTTP/1.1\r\nHost: h\r\n" + offer + framing + b"\r\n\r\n" + body
     seen, transport = asyncio.run(taken(raw))
     assert seen == []
     assert transport.written.startswith(b"HTTP/1.1 400 ")
@@ -115,7 +116,8 @@ def test_ambiguous_framings_end_the_connection(framing: bytes, body: bytes) -> N
         (b"GET / HTTP/1.2", 400),
         (b"GET http://evil.example/ HTTP/1.1", 400),
         (b"OPTIONS * HTTP/1.1", 400),
-        (b"CONNECT h:80 HTTP/1.1", 400),
+        (b"CONNECT h:80 HTTP/1.1", 405),
+        (b"CONNECT /a HTTP/1.1", 405),
         (b"GET\t/\tHTTP/1.1", 400),
         (b"PRI * HTTP/2.0", 400),
     ],

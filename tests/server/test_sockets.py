@@ -290,6 +290,62 @@ def test_a_body_that_trickles_is_cut_off(server: Live, monkeypatch: pytest.Monke
         assert peer.recv(4096).startswith(b"HTTP/1.1 408")
 
 
+H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+FORMS = {
+    "whole": (f"{H2C}Content-Length: 31\r\n", b"%b"),
+    "chunked": (f"Transfer-Encoding: chunked\r\n{H2C}", b"1f\r\n%b\r\n0\r\n\r\n"),
+    "websocket": ("Content-Length: 31\r\nupgrade: websocket\r\nUPGRADE: h2c\r\nConnection: upgrade\r\n", b"%b"),
+}
+
+
+@pytest.mark.parametrize("step", [1, 150, 4096])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_offer_to_upgrade_is_passed_over(server: Live, form: str, step: int) -> None:
+    fields, framing = FORMS[form]
+    raw = f"POST /execute HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n".encode()
+    raw += framing % b'{"job_id": "up", "prompt": "x"}'
+    with server.connect() as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(2):  # the connection stays
+            for begin in range(0, len(raw), step):
+                peer.sendall(raw[begin : begin + step])
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n"):
+                answer += (data := peer.recv(4096))
+                assert data, answer
+            assert parse_answer(answer).text == "answer"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+        (b"CONNECT /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 405),
+        (http_request("GET", "/health", headers=H2C), 200),
+        (http_request("GET", "/execute", headers=H2C), 405),
+        (http_request("GET", "/nowhere", headers="Upgrade: websocket\r\nConnection: Upgrade\r\n"), 404),
+        (http_request("GET", "/" + "a" * 9000, headers=H2C), 414),
+        (http_request("GET", "/health", headers=H2C + "Upgrade: h2c\r\n" * 64), 431),
+        (http_request("POST", "/execute", b"{}", headers=H2C + "Transfer-Encoding: chunked\r\n"), 400),
+        (http_request("POST", "/execute", b"{}", headers=H2C + "Content-Length: 3\r\n"), 400),
+        (http_request("GET", "/health", headers=H2C).replace(b"HTTP/1.1", b"HTTP/1.0"), 200),
+    ],
+    ids=range(10),
+)
+def test_an_offer_to_upgrade_changes_no_answer(server: Live, request_bytes: bytes, status: int) -> None:
+    with server.connect() as peer:
+        peer.sendall(request_bytes)
+        assert read_answer(peer).status == status
+
+
+def test_a_request_behind_an_offer_to_upgrade_ends_the_connection(server: Live) -> None:
+    smuggled = http_request("POST", "/execute", body("smuggled", "flow"))
+    with server.connect() as peer:
+        peer.sendall(f"GET /health HTTP/1.1\r\nHost: localhost\r\n{H2C}\r\n".encode() + smuggled)
+        assert read_answer(peer).status == 400
+    assert all(request.id != "smuggled" for request in server.rig.engine.requests)
+
+
 def test_a_request_before_the_answer_to_the_last_ends_the_connection(server: Live) -> None:
     with server.connect() as peer:
         peer.sendall(http_request("POST", "/execute", body("piped", "flow")).replace(b"Connection: close\r\n", b""))

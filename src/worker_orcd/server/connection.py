@@ -13,6 +13,7 @@ import uuid
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -54,7 +55,11 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         self._num_wire_bytes += len(data)
         if self._num_wire_bytes > (MAX_HEAD_BYTES if self._head_timer else MAX_WIRE_BYTES):
             self._refuse(431 if self._head_timer else 413, "the request is too large")
@@ -67,11 +72,17 @@ class Connection(HttpToolsProtocol):
         self._check_head()
         if self.is_busy:
             raise self._refused(400, "send the next request after the answer to this one")
+        if self.parser.should_upgrade():
+            return
         self._cancel_head_timer()
         self._num_wire_bytes = 0
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
             _forgo_chunks(self.cycle)
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Called when the parser, or a check above, refuses what was sent."""
@@ -92,6 +103,19 @@ class Connection(HttpToolsProtocol):
         """A request was taken and its answer is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. It stops after a head with an offer to upgrade, whose body it would not read; a new one
+        reads the request again from that head, as it would be without the offer."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stop:
+            target = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+            head = b"\r\n".join([target, *fields, b"\r\n"])
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            self._parse(head + data[stop.args[0] :])
+
     def _expect_head(self) -> None:
         self._cancel_head_timer()
         self._num_wire_bytes = 0
@@ -105,6 +129,8 @@ class Connection(HttpToolsProtocol):
         codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or version == "1.0"):
             raise self._refused(400, "the only transfer coding is chunked, and HTTP/1.0 has none")
+        if self.parser.get_method() == b"CONNECT":
+            raise self._refused(405, "there is no CONNECT here")
         if not self.url.startswith(b"/"):  # a name in it would stand beside the one in Host
             raise self._refused(400, "the request target must begin with /")
         if len(self.url) > MAX_TARGET_BYTES:
