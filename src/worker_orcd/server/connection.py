@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from worker_orcd.errors import InvalidRequest
+from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.schemas import MAX_BODY_BYTES, error_body
 
 MAX_TARGET_BYTES = 8 * 1024
@@ -49,6 +50,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timers()
         super().connection_lost(exc)
+        if (exchange := self._exchange()) is not None and self.is_busy:
+            exchange.has_left = True
 
     def eof_received(self) -> None:
         """A peer that stops sending has left; what is buffered for it must not delay that news."""
@@ -161,10 +164,13 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def _drop_stalled(self) -> None:
-        exchange = self.cycle.scope["state"].get("exchange") if self.cycle else None
-        if exchange is not None:
+        if (exchange := self._exchange()) is not None:
             exchange.is_stalled = True
         self.transport.abort()
+
+    def _exchange(self) -> Exchange | None:
+        """Of the request taken last."""
+        return self.cycle.scope["state"].get("exchange") if self.cycle else None
 
     def _evict(self) -> None:
         idle = [peer for peer in self.connections if isinstance(peer, Connection) and not peer.is_busy]

@@ -23,12 +23,14 @@ _PORT = re.compile(r":[0-9]{0,5}\Z")
 @dataclass
 class Exchange:
     """`deadline_s` (None: none) and `arrived_s` are on the monotonic clock. The connection sets `is_stalled` when it
-    gives up; `tenant` is whose key the request carried, None only where none is needed and none was sent."""
+    gives up, and `has_left` when it ends before the answer does; `tenant` is whose key the request carried, None only
+    where none is needed and none was sent."""
 
     correlation_id: str
     deadline_s: float | None
     is_deadline_malformed: bool = False
     is_stalled: bool = False
+    has_left: bool = False
     tenant: str | None = ""
     wants_full_receipt: bool = False  # a replay receipt with the prompt's ids
     arrived_s: float = field(default_factory=time.monotonic)

@@ -143,6 +143,10 @@ class Generation:
         finally:
             watcher.cancel()
         await (self._stream.end if self._answer.is_streamed else self._stream.respond)(terminal)
+        if self.code is None and self._exchange.has_left:  # the last writes went nowhere
+            self.code = (job.error or self._departure()).code
+            for run in self._answer.runs:
+                run.stop_reason = None
 
     async def _outcome(self, job: Job) -> bytes:
         is_told = False
@@ -280,7 +284,7 @@ class Generation:
             except TimeoutError:
                 wait_s = await self._tick(job)
             else:
-                return self._client_left(job)
+                return job.interrupt(self._departure())
 
     async def _tick(self, job: Job) -> float:
         """Write what is due; returns the seconds until something may be due again."""
@@ -297,12 +301,12 @@ class Generation:
             await self._stream.write(self._answer.pulse())
         return pulse_s
 
-    def _client_left(self, job: Job) -> None:
+    def _departure(self) -> WorkerError:
+        """Why the client takes no more; counts the one that has left by itself."""
         if self._exchange.is_stalled:
-            job.interrupt(SlowClient("the client read too slowly"))
-        else:
-            self._metrics.record_client_disconnect()
-            job.interrupt(Cancelled("the client is gone"))
+            return SlowClient("the client read too slowly")
+        self._metrics.record_client_disconnect()
+        return Cancelled("the client is gone")
 
 
 class _Told(Exception):

@@ -117,6 +117,7 @@ class EventStream:
         """Send the last event. Nobody else may be writing any more."""
         if not self.is_open:
             await self._open()
+        await asyncio.sleep(0)  # whether the write before this one failed is known by the next turn of the loop
         await self._send({"type": "http.response.body", "body": terminal, "more_body": False})
 
     async def respond(self, body: bytes) -> None:
@@ -126,6 +127,7 @@ class EventStream:
         self.is_open = True
         for begin in range(0, len(body), PIECE_BYTES):
             rest = begin + PIECE_BYTES < len(body)
+            await asyncio.sleep(0)  # as in `end`
             await self._send(
                 {"type": "http.response.body", "body": body[begin : begin + PIECE_BYTES], "more_body": rest}
             )
