@@ -173,6 +173,11 @@ def test_a_port_in_use_is_named() -> None:
             bind("127.0.0.1", port)
 
 
+def test_an_address_of_another_machine_is_named() -> None:
+    with pytest.raises(StartFailed, match=r"192\.0\.2\.1 port 8080: Cannot assign.*; choose a --host"):
+        bind("192.0.2.1", 8080)
+
+
 def test_a_port_taken_while_loading_is_named_too() -> None:
     with bind("127.0.0.1", 0) as late, socket.socket() as quick:
         port = late.getsockname()[1]

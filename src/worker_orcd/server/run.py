@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import ssl
@@ -27,7 +28,7 @@ FLUSH_S = 2  # what sockets get to take the last bytes, after the last event
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to a TCP address, not yet listening; raises StartFailed naming the port when that fails."""
+    """A socket bound to a TCP address, not yet listening; raises StartFailed naming both when that fails."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -43,7 +44,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> StartFailed:
-    return StartFailed(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port")
+    remedy = "a --host of this machine" if error.errno == errno.EADDRNOTAVAIL else "another --port"
+    return StartFailed(f"cannot listen on {host} port {port}: {error.strerror}; choose {remedy}")
 
 
 def _listen(listener: socket.socket) -> None:
