@@ -168,7 +168,7 @@ class Edge:
         try:
             if exchange.is_deadline_malformed:
                 self._errors.warn_deadline(exchange)
-            check_origin(headers, self._is_loopback)
+            check_origin(headers, self._is_loopback, scope["http_version"] != "1.0")
             exchange.tenant = self._tenant(scope, headers)
             await self._app(scope, receive, sender)
         except ClientDisconnect:

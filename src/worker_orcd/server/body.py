@@ -27,7 +27,8 @@ async def read_body(request: HttpRequest) -> bytes:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             body = None if is_hopeless else await _read(request)
     except TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+        message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+        raise HTTPException(408, message, {"connection": "close"}) from None
     if body is None:
         raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
     return body

@@ -69,19 +69,20 @@ def parse_deadline(text: str) -> float | None:
     return None
 
 
-def check_origin(headers: Headers, is_loopback: bool) -> None:
+def check_origin(headers: Headers, is_loopback: bool, needs_host: bool) -> None:
     """Refuse pages of other sites that reach the worker through a browser: by name (rebinding) or cross-origin.
 
     Unless the worker listens on `is_loopback` only, it cannot know its names; there every request needs a key.
+    HTTP/1.0, which no browser speaks, `needs_host` not.
     """
-    hosts = headers.getlist("host")
-    if len(hosts) != 1:
+    hosts = [host.lower() for host in headers.getlist("host")]
+    if len(hosts) != 1 and (hosts or needs_host):
         raise HTTPException(400, "exactly one Host header is needed")
-    if is_loopback and not is_loopback_host(hosts[0]):
+    if is_loopback and hosts and not is_loopback_host(hosts[0]):
         raise HTTPException(421, "Host must name the loopback interface: localhost, 127.0.0.1 or [::1]")
     for origin in headers.getlist("origin"):
         netloc = _netloc(origin)
-        if not (is_loopback_host(netloc) if is_loopback else netloc.lower() == hosts[0].lower()):
+        if not (is_loopback_host(netloc) if is_loopback else netloc.lower() in hosts):
             raise HTTPException(403, "requests from pages of other origins are refused")
 
 
