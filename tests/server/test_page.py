@@ -148,6 +148,13 @@ def test_a_refusal_is_shown_in_the_words_of_the_worker(page: Page) -> None:
     assert page.run("document.querySelectorAll('.turn').length") == 2
 
 
+def test_a_question_that_cannot_be_answered_is_not_to_be_tried_again(page: Page) -> None:
+    ask(page, "x" * 4096)
+    page.wait("document.querySelector('.failure')?.textContent.includes('4096')")
+    assert page.run("document.querySelectorAll('.failure button').length") == 0
+    page.complaints.clear()
+
+
 def test_an_answer_that_breaks_off_keeps_what_came(page: Page) -> None:
     ask(page, "break")
     message = page.wait("document.querySelector('.failure')?.textContent")
@@ -204,6 +211,27 @@ def test_on_a_narrow_screen_nothing_is_cut_and_the_panel_is_a_drawer(page: Page)
     assert page.run("document.getElementById('toggle').ariaExpanded") == "true"
     page.press("Escape")
     page.wait(f"{shown} === 'hidden' && document.activeElement.id === 'toggle'")
+
+
+def test_a_failure_on_a_narrow_screen_is_in_line_with_its_button(page: Page) -> None:
+    page.resize(390, 844)
+    page.run("document.forms.options.elements.top_k.value = '99999999999'")
+    ask(page, "hello")
+    left = "document.querySelector('.failure {}').getBoundingClientRect().left"
+    page.wait(f"document.querySelector('.failure button') && {left.format('button')} === {left.format('span')}")
+    page.complaints.clear()
+
+
+def test_labels_of_a_histogram_stay_apart(tab: Page) -> None:
+    with live(ScriptedEngine(script)) as fresh:
+        for ms in (150.0, 2000.0):
+            fresh.rig.metrics.record_first_token_latency(ms)
+        tab.resize(390, 844)
+        tab.open(f"http://127.0.0.1:{fresh.port}/")
+        tab.wait("document.querySelectorAll('#ttft text').length > 1")
+        gaps = """[...document.querySelectorAll("#ttft text")].map((text) => text.getBoundingClientRect()).map(
+            (box, i, all) => i ? box.left - all[i - 1].right : 99)"""
+        assert min(tab.run(gaps)) > 6
 
 
 def test_every_control_has_a_name_and_a_place_in_the_tab_order(page: Page) -> None:

@@ -135,7 +135,9 @@ async function* events(response) {
   }
 }
 
-class Refused extends Error {}
+class Refused extends Error {
+  constructor(message, canTryAgain = true) { super(message); this.canTryAgain = canTryAgain; }
+}
 /** With a capital, unless it begins with the name of a field, and a full stop. */
 const sentence = (words) => words.replace(/^[a-z](?=[a-z]* )/, (first) => first.toUpperCase()).replace(/[^.!?]$/, "$&.");
 
@@ -144,7 +146,8 @@ async function refusal(response) {
   const message = sentence(what?.error?.message ?? `The worker answered ${response.status}`);
   const wait = response.headers.get("retry-after");
   if (response.status === 401 || response.status === 403) openSettings(fields.key);
-  return new Refused(wait ? `${message} Try again in ${wait} s.` : message);
+  const canTryAgain = response.status !== 413 && !what?.error?.param?.startsWith("messages"); // settings can be mended
+  return new Refused(wait ? `${message} Try again in ${wait} s.` : message, canTryAgain);
 }
 
 function request() {
@@ -194,7 +197,7 @@ async function answer() {
       if (seen.drawn) { seen.drawn = false; requestAnimationFrame(paint); }
     }
   };
-  let problem = "";
+  let problem = null;
   try {
     const response = await fetch(at("v1/chat/completions"), {
       method: "POST", signal: stop.signal, body: request(), headers: { "content-type": "application/json", ...headers() },
@@ -206,7 +209,7 @@ async function answer() {
     }
     if (!seen.end) throw new Refused("The connection closed before the answer was complete.");
   } catch (error) {
-    if (!stop.signal.aborted) problem = error instanceof Refused ? error.message : "The worker cannot be reached.";
+    if (!stop.signal.aborted) problem = error instanceof Refused ? error : new Refused("The worker cannot be reached.");
   }
   seen.drawn = false;
   paint();
@@ -240,8 +243,8 @@ function think(turn, thought) {
   box.lastChild.textContent = thought.trim();
 }
 
-function fail(turn, message, partial) {
-  const box = make("div", "failure", message), again = make("button", "tool", "Try again");
+function fail(turn, problem, partial) {
+  const box = make("div", "failure"), again = make("button", "tool", "Try again");
   box.setAttribute("role", "alert");
   again.type = "button";
   again.addEventListener("click", () => {
@@ -250,7 +253,7 @@ function fail(turn, message, partial) {
     turn.remove();
     answer();
   });
-  box.append(again);
+  box.append(make("span", "", problem.message), ...(problem.canTryAgain ? [again] : []));
   if (!partial) turn.querySelector(".foot").remove();
   turn.append(box);
   toEnd();
@@ -388,7 +391,7 @@ function histogram(id, what, buckets) {
   if (!all) return;
   let from = counts.findIndex((n) => n > 0), to = counts.findLastIndex((n) => n > 0);
   while (to - from < 7 && (from > 0 || to < counts.length - 1)) { if (from > 0) from -= 1; if (to < counts.length - 1 && to - from < 7) to += 1; }
-  const each = width / (to - from + 1), most = Math.max(...counts), every = Math.ceil(38 / each);
+  const each = width / (to - from + 1), most = Math.max(...counts), every = Math.ceil(46 / each);
   for (let i = from; i <= to; i += 1) {
     const x = (i - from) * each, tall = counts[i] ? Math.max(2, (counts[i] / most) * (floor - 4)) : 0;
     const bar = shape("rect", { x: x + 1, y: floor - tall, width: Math.max(1, each - 2), height: tall, rx: 1.5 });
