@@ -36,6 +36,7 @@ from worker_orcd.server.openai.choice import AnswerText, Choice
 from worker_orcd.server.openai.completions import CompletionAnswer
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.responses import ResponseAnswer, ResponseBody
+from worker_orcd.server.openai.routes import MAX_TOKENIZED
 from worker_orcd.server.output import parser_for
 from worker_orcd.tokenizer.chat import ChatTemplate
 
@@ -580,6 +581,24 @@ def test_models_texts_and_tokens() -> None:
         assert rig.call("POST", "/tokenize", {name: "aé"}).json["tokens"] == list("aé".encode())
     assert rig.call("POST", "/detokenize", {"tokens": list("aé".encode())}).json["content"] == "aé"
     assert rig.call("POST", "/detokenize", {"tokens": [257]}).status == 400
+    assert len(rig.call("POST", "/tokenize", {"content": "x" * MAX_TOKENIZED}).json["tokens"]) == MAX_TOKENIZED
+    for num in (MAX_TOKENIZED + 1, 2 * 2**20):
+        refused = rig.call("POST", "/tokenize", {"prompt": "x" * num})
+        assert (refused.status, refused.bad_fields) == (400, {"prompt": "length"})
+
+
+def test_a_prompt_far_too_long_is_refused_without_a_count_of_its_own() -> None:
+    long = "x" * 2**20
+    for path, body, param in (
+        (CHAT, {"messages": [{"role": "user", "content": long}]}, "messages"),
+        ("/v1/completions", {"prompt": ["x", long]}, "prompt[1]"),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": long}]}, "messages"),
+    ):
+        error = rig_of().call("POST", path, body).error
+        message = f"{param} has more than 4095 tokens; the limit is 4095, of a context of 4096. Shorten it"
+        assert error["message"] == message
+        if "param" in error:
+            assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
 
 def test_no_template_no_chat() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import unicodedata
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Regex
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.pre_tokenizers import Split
 
+from tests.fakes import ByteTokenizer
 from tests.tokenizer.vocabularies import (
     CONTROL,
     DATA,
@@ -27,6 +29,7 @@ from tests.tokenizer.vocabularies import (
 from worker_orcd.errors import InvalidRequest, ModelLoadFailed
 from worker_orcd.gguf.reader import GgufFile
 from worker_orcd.gguf.writer import write_gguf
+from worker_orcd.tokenizer.base import encode_within
 from worker_orcd.tokenizer.bpe import BpeTokenizer
 from worker_orcd.tokenizer.hf_json import MAX_JSON_BYTES
 from worker_orcd.tokenizer.load import load_tokenizer
@@ -313,6 +316,59 @@ def test_long_uniform_texts_take_linear_time(name: str, text: str) -> None:
     assert time.perf_counter() - start < 5
 
 
+@pytest.mark.parametrize("name", ["small-bpe", "small-spm"])
+def test_a_long_text_leaves_the_lock_to_others_and_gives_the_same_ids(name: str) -> None:
+    with GgufFile.open(DATA / f"{name}.gguf") as gguf:
+        tokenizer = load_tokenizer(gguf)
+    tokenizer.prepare()
+    text = "1234 ab 漢字\n" * 50_000
+    library: HfTokenizer = tokenizer._library if isinstance(tokenizer, BpeTokenizer) else tokenizer._tokenizer
+    spelled = text if isinstance(tokenizer, BpeTokenizer) else "▁" + text.replace(" ", "▁")
+    expected = library.encode(spelled, add_special_tokens=False).ids
+    has_ended, num_turns = threading.Event(), 0
+
+    def take_turns() -> None:
+        nonlocal num_turns
+        while not has_ended.wait(0.001):
+            num_turns += 1
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    ids = tokenizer.encode(text, add_special=False)
+    has_ended.set()
+    other.join()
+    assert ids == expected
+    assert num_turns >= 10
+
+
+class _Counting(ByteTokenizer):
+    def __init__(self) -> None:
+        self.num_chars: list[int] = []
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        self.num_chars.append(len(text))
+        return super().encode(text.replace(" " * 100, " "), add_special, parse_special)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_ids", "num_chars"),
+    [
+        ("x" * 2000, 2000, [2000]),
+        ("x" * 2**16, 2**16, [2**16]),
+        ("x" * 2**20, None, [2**16]),
+        (" " * 2**18, 2665, [2**16, 2**18]),
+        (" " * 2**16 + "x" * 2**20, None, [2**16, 5 * 2**16]),
+    ],
+)
+def test_a_text_far_above_the_limit_is_not_read_to_its_end(
+    text: str, num_ids: int | None, num_chars: list[int]
+) -> None:
+    tokenizer = _Counting()
+    ids = encode_within(tokenizer, text, 1000)
+    assert (None if ids is None else len(ids)) == num_ids
+    assert tokenizer.num_chars == num_chars
+
+
 def test_a_mebibyte_of_text() -> None:
     text = ("The old pond lies still; 12 frogs jump in. 古い池に蛙が飛びこんで。 " * 20_000)[: 2**20]
     with GgufFile.open(DATA / "small-bpe.gguf") as gguf:
@@ -344,7 +400,7 @@ def test_tokenizer_json_beside_the_model(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(written(tmp_path, metadata))
     assert tokenizer.kind == "hf-json"
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eog_ids) == (98, 99, {99})
-    for text in ("hello hell", "<s>he<|end|>", "", " he \n he", "<|end|><|end"):
+    for text in ("hello hell", "<s>he<|end|>", "", " he \n he", "<|end|><|end", "<s>hello <|end|>" * 1000):
         for parse in (True, False):
             assert tokenizer.encode(text, parse_special=parse) == plain.encode(text, parse_special=parse)
     assert tokenizer.decode(tokenizer.encode("hello<|end|>")) == "hello"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.tokenizer.spelling import byte_of_token, bytes_of_letters, bytes_of_piece
@@ -12,6 +12,10 @@ from worker_orcd.tokenizer.vocabulary import TokenType, Vocabulary
 
 TokenizerKind = Literal["gguf-bpe", "hf-json"]
 TokenizerModel = Literal["bpe", "spm"]
+
+_QUICK_CHARS: Final = 2**16  # some 50 ms
+_MAX_GROWTH: Final = 8  # a text may begin with long tokens and go on with short ones
+_MARGIN: Final = 1024  # of tokens: the longest token has some hundred bytes
 
 
 class Tokenizer(Protocol):
@@ -128,6 +132,21 @@ class VocabularyTokenizer(ABC):
 
     def _any_bytes(self, token_id: int) -> bytes:
         return self.vocabulary.tokens[token_id].encode() if token_id in self._silent else self.token_bytes(token_id)
+
+
+def encode_within(tokenizer: Tokenizer, text: str, limit: int, add_special: bool = True) -> list[int] | None:
+    """Token ids of a text; None where it is so long that they need not be counted to be more than `limit`.
+
+    Such a text is judged by its beginning, and if that is too short to tell by one that should be long enough. What
+    follows may change the last tokens of a beginning, by less than `_MARGIN` of them.
+    """
+    size = _QUICK_CHARS
+    while size < len(text):
+        num_tokens = len(tokenizer.encode(text[:size], add_special))
+        if num_tokens > limit + _MARGIN:
+            return None
+        size *= min(-(-(limit + 2 * _MARGIN) // max(num_tokens, 1)), _MAX_GROWTH)  # 2 at least
+    return tokenizer.encode(text, add_special)
 
 
 def _without_surrogates(text: str) -> str:

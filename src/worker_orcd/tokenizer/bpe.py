@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from worker_orcd.gguf.access import TypedAccess
 from worker_orcd.tokenizer.base import VocabularyTokenizer
+from worker_orcd.tokenizer.library import library_ids
 from worker_orcd.tokenizer.pretokenize import PreTokenizer, pre_tokenizer
 from worker_orcd.tokenizer.special import SpecialTokens
 from worker_orcd.tokenizer.vocabulary import read_vocabulary
@@ -54,8 +55,7 @@ class BpeTokenizer(VocabularyTokenizer):
             words = self._words(text)
             if sum(len(word) ** 2 for word in words) <= _LITTLE_WORK:
                 return self._merge(words)
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
+        return library_ids(self._library, text)
 
     def _words(self, text: str) -> list[str]:
         return [word for word, _ in self._splitter.pre_tokenize_str(text)]

@@ -15,6 +15,7 @@ from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.access import TypedAccess
 from worker_orcd.tokenizer.base import TokenizerModel, VocabularyTokenizer
 from worker_orcd.tokenizer.files import read_limited
+from worker_orcd.tokenizer.library import library_ids
 from worker_orcd.tokenizer.pretokenize import PRE_TOKENIZERS
 from worker_orcd.tokenizer.vocabulary import read_vocabulary
 
@@ -34,14 +35,24 @@ class HfJsonTokenizer(VocabularyTokenizer):
         vocabulary = read_vocabulary(gguf, add_bos=self.model == "spm" or (rule is not None and rule.add_bos))
         super().__init__(vocabulary)
         self._tokenizer = _read(path)
-        self._lock = Lock()  # `encode_special_tokens` is a setting of the shared object
         self._check_same(path)
+        self._by_parsing: dict[bool, HfTokenizer] = {}
+        self._lock = Lock()
 
     def _encode_plain(self, text: str, parse_special: bool) -> list[int]:
+        return library_ids(self._by_parsing.get(parse_special) or self._set_up(parse_special), text)
+
+    def _set_up(self, parse_special: bool) -> HfTokenizer:
+        """A library's object that parses special tokens, or does not: that cannot be changed while it encodes.
+
+        Few need both; whoever comes second pays for a copy.
+        """
         with self._lock:
-            self._tokenizer.encode_special_tokens = not parse_special
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+            if parse_special not in self._by_parsing:
+                copy = HfTokenizer.from_str(self._tokenizer.to_str()) if self._by_parsing else self._tokenizer
+                copy.encode_special_tokens = not parse_special
+                self._by_parsing[parse_special] = copy
+            return self._by_parsing[parse_special]
 
     def _check_same(self, path: Path) -> None:
         """Every special token and some thousands of the others, evenly spread, must have the same text in both."""

@@ -9,6 +9,7 @@ from worker_orcd.gguf.access import TypedAccess
 from worker_orcd.tokenizer.base import VocabularyTokenizer
 from worker_orcd.tokenizer.bpe import BpeTokenizer
 from worker_orcd.tokenizer.hf_json import HfJsonTokenizer
+from worker_orcd.tokenizer.library import use_one_thread
 from worker_orcd.tokenizer.spm import SpmTokenizer
 
 
@@ -19,6 +20,7 @@ def load_tokenizer(gguf: TypedAccess, tokenizer_json: Path | None = None) -> Voc
     been found equal to the file's; otherwise all comes from the file (kind "gguf-bpe"). Raises ModelLoadFailed
     for a tokenizer that is not supported, malformed, or at odds with the file.
     """
+    use_one_thread()
     beside = gguf.path.parent / "tokenizer.json"
     path = tokenizer_json or (beside if beside.is_file() else None)
     if path is not None:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from worker_orcd.errors import ModelLoadFailed
 from worker_orcd.gguf.access import TypedAccess
 from worker_orcd.tokenizer.base import VocabularyTokenizer
+from worker_orcd.tokenizer.library import library_ids
 from worker_orcd.tokenizer.special import SpecialTokens
 from worker_orcd.tokenizer.spelling import SPACE
 from worker_orcd.tokenizer.vocabulary import TokenType, Vocabulary, read_vocabulary
@@ -56,7 +57,7 @@ class SpmTokenizer(VocabularyTokenizer):
                 ids.append(part)
                 pending = prefix
             else:
-                ids += self._tokenizer.encode(pending + part.replace(" ", SPACE), add_special_tokens=False).ids
+                ids += library_ids(self._tokenizer, pending + part.replace(" ", SPACE))
                 pending = ""
         return ids
 

@@ -21,6 +21,7 @@ from worker_orcd.server.openai.messages import check_tools, chosen_tool, templat
 from worker_orcd.server.output import OutputParser, parser_for, tool_grammar
 from worker_orcd.server.prepare import ChatTemplate
 from worker_orcd.server.schemas import MAX_UINT64, PRIORITIES
+from worker_orcd.tokenizer.base import encode_within
 
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
@@ -113,20 +114,26 @@ class Preparer:
 
     def encode(self, text: str, param: str) -> list[int]:
         """Token ids of a prompt that fits."""
-        return self.checked(self.tokenizer.encode(text), param)
+        ids = encode_within(self.tokenizer, text, self._max_prompt_tokens)
+        if ids is None:
+            raise self._too_long(param, None)
+        return self.checked(ids, param)
 
     def checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
             refuse(param, "length", "gives no tokens; write at least one character")
         if len(ids) > self._max_prompt_tokens:
-            message = (
-                f"{param} has {len(ids)} tokens; the limit is {self._max_prompt_tokens}, of a context of "
-                f"{self.info.context_length}. Shorten it"
-            )
-            raise InvalidRequest(message, [FieldError(param, "context_length", message, len(ids))])
+            raise self._too_long(param, len(ids))
         if not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
             refuse(param, "range", f"holds a token id outside 0 to {self.info.vocab_size - 1}")
         return ids
+
+    def _too_long(self, param: str, num_tokens: int | None) -> InvalidRequest:
+        """`num_tokens` is None when nobody counted to the end."""
+        limit, context = self._max_prompt_tokens, self.info.context_length
+        size = f"more than {limit}" if num_tokens is None else num_tokens
+        message = f"{param} has {size} tokens; the limit is {limit}, of a context of {context}. Shorten it"
+        return InvalidRequest(message, [FieldError(param, "context_length", message, num_tokens)])
 
     # ------------------------------------------------------------------ runs
 

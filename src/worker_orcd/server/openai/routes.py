@@ -25,6 +25,9 @@ from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.responses import ResponseAnswer
 from worker_orcd.server.openai.wire import encode
 from worker_orcd.server.pipeline import Endpoint, Pipeline, Prepare
+from worker_orcd.tokenizer.base import encode_within
+
+MAX_TOKENIZED = 2**18  # tokens of one text, or as many as the context has
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,10 +74,13 @@ class TextRoutes:
         if text is None:
             refuse("content", "required", "is missing")
         wishes = [wish for wish in (asked.add_special, asked.add_special_tokens) if wish is not None]
-        ids = tokenizer.encode(text, add_special=wishes[0] if wishes else False)
+        context, param = self._preparer.info.context_length, "content" if asked.prompt is None else "prompt"
+        limit = max(MAX_TOKENIZED, context)
+        ids = encode_within(tokenizer, text, limit, wishes[0] if wishes else False)
+        if ids is None or len(ids) > limit:
+            refuse(param, "length", f"has more than {limit} tokens; send it in parts")
         tokens = [{"id": i, "piece": tokenizer.decode([i], skip_special=False)} for i in ids]
-        limit = self._preparer.info.context_length
-        return {"tokens": tokens if asked.with_pieces else ids, "count": len(ids), "max_model_len": limit}
+        return {"tokens": tokens if asked.with_pieces else ids, "count": len(ids), "max_model_len": context}
 
     def detokenize(self, raw: bytes, exchange: Exchange) -> dict[str, Any]:  # noqa: ARG002
         ids = read_body(raw, DetokenizeBody).tokens
