@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive, Scope, Send
 
@@ -21,8 +22,6 @@ from worker_orcd.server.generation import Answer, Generation
 from worker_orcd.server.grammar_check import GrammarChecker
 from worker_orcd.server.passport import Passports
 from worker_orcd.server.sse import EventStream
-
-NUM_CHECKS = 8  # of grammars at once, those that wait for a child included
 
 T = TypeVar("T")
 Prepare = Callable[[bytes, Exchange], T]  # a body becomes what was asked for; blocking, raises WorkerError
@@ -48,12 +47,12 @@ class Pipeline:
         self._thread = ThreadPoolExecutor(1, "prepare")
         self._num_preparing = 0
         self._grammars = GrammarChecker()
-        self._grammar_threads = ThreadPoolExecutor(NUM_CHECKS, "grammar")
 
     async def prepare(self, request: HttpRequest, prepare: Prepare[T], is_quick: Callable[[bytes], bool]) -> T:
         """What `prepare` makes of the body.
 
-        Long work goes to the one thread for it: several would take turns with the event loop, at its cost.
+        Long work goes to the one thread for it: several would take turns with the event loop, at its cost. Raises
+        InferenceTimeout when the request's time is over, ClientDisconnect when the client does not wait for it.
         """
         exchange: Exchange = request.scope["state"]["exchange"]
         remaining_s = exchange.remaining_s()
@@ -66,25 +65,41 @@ class Pipeline:
             return prepare(raw, exchange)
         self._num_preparing += 1
         try:
-            return await self.work(prepare, raw, exchange)
+            return await self.work(request, prepare, raw)
         finally:
             self._num_preparing -= 1
 
-    async def work(self, prepare: Prepare[T], raw: bytes, exchange: Exchange) -> T:
+    async def work(self, request: HttpRequest, prepare: Prepare[T], raw: bytes) -> T:
         """What `prepare` makes of `raw`, on the thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._prepare_if_open, prepare, raw, exchange)
+        loop, exchange = asyncio.get_running_loop(), request.scope["state"]["exchange"]
+        work = loop.run_in_executor(self._thread, self._prepare_if_open, prepare, raw, exchange)
+        return await self._while_wanted(work, request.receive, exchange.remaining_s())
 
     def _prepare_if_open(self, prepare: Prepare[T], raw: bytes, exchange: Exchange) -> T:
         self._control.check_open()  # it may have waited; at the end nobody waits for it any more
         return prepare(raw, exchange)
 
-    async def check_grammar(self, answer: Answer) -> None:
-        """Have the grammar of `answer` tried out, if it has one; on threads of its own, as that may take seconds."""
-        grammar = answer.runs[0].request.grammar
-        if grammar is not None:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._grammar_threads, self._grammars.check, grammar, answer.grammar_param)
+    async def check_grammar(self, answer: Answer, receive: Receive) -> None:
+        """Have the grammar of `answer` tried out, if it has one, within the time of its request."""
+        request = answer.runs[0].request
+        if request.grammar is not None:
+            check = self._grammars.check(request.grammar, answer.grammar_param)
+            await self._while_wanted(asyncio.ensure_future(check), receive, request.timeout_s)
+
+    async def _while_wanted(self, work: asyncio.Future[T], receive: Receive, remaining_s: float | None) -> T:
+        """What `work` comes to. Cancels it when the client leaves or time is up, so that a queue skips it."""
+        departure = asyncio.ensure_future(_departure(receive))
+        try:
+            done, _ = await asyncio.wait((work, departure), timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
+            if work in done:
+                return work.result()
+            if departure in done:
+                self._metrics.record_client_disconnect()
+                raise ClientDisconnect
+            raise InferenceTimeout("the time for this job passed before it was begun")
+        finally:
+            departure.cancel()
+            work.cancel()
 
     async def generate(self, answer: Answer, exchange: Exchange, receive: Receive, send: Send) -> None:
         """Run `answer` to its end, however it ends."""
@@ -145,6 +160,11 @@ class Pipeline:
         )
 
 
+async def _departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def tokens_in(answer: Answer) -> int:
     """Prompt tokens, each prompt counted once."""
     return sum(len(run.request.prompt_ids) for run in answer.runs if run.leader is None)
@@ -160,5 +180,5 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self._pipeline.prepare(HttpRequest(scope, receive), self._prepare, self._is_quick)
-        await self._pipeline.check_grammar(answer)
+        await self._pipeline.check_grammar(answer, receive)
         await self._pipeline.generate(answer, scope["state"]["exchange"], receive, send)

@@ -55,7 +55,7 @@ def document_endpoint(pipeline: Pipeline, make: Prepare[dict[str, Any]]) -> Call
 
     async def answer(request: HttpRequest) -> Response:
         raw = await body.read_body(request)
-        document = await pipeline.work(make, raw, request.scope["state"]["exchange"])
+        document = await pipeline.work(request, make, raw)
         return Response(encode(document), media_type="application/json")
 
     return answer
