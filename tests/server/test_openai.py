@@ -34,9 +34,8 @@ from worker_orcd.server.openai.bodies import ChatBody, CompletionBody
 from worker_orcd.server.openai.chat import ChatAnswer
 from worker_orcd.server.openai.choice import AnswerText, Choice
 from worker_orcd.server.openai.completions import CompletionAnswer
-from worker_orcd.server.openai.prepare import Preparer
+from worker_orcd.server.openai.prepare import MAX_TOKENIZED, Preparer
 from worker_orcd.server.openai.responses import ResponseAnswer, ResponseBody
-from worker_orcd.server.openai.routes import MAX_TOKENIZED
 from worker_orcd.server.output import parser_for
 from worker_orcd.tokenizer.chat import ChatTemplate
 
@@ -589,16 +588,15 @@ def test_models_texts_and_tokens() -> None:
 
 def test_a_prompt_far_too_long_is_refused_without_a_count_of_its_own() -> None:
     long = "x" * 2**20
-    for path, body, param in (
-        (CHAT, {"messages": [{"role": "user", "content": long}]}, "messages"),
-        ("/v1/completions", {"prompt": ["x", long]}, "prompt[1]"),
-        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": long}]}, "messages"),
-    ):
+    chat = {"messages": [{"role": "user", "content": long}]}
+    for path, body, param in ((CHAT, chat, "messages"), ("/v1/completions", {"prompt": ["x", long]}, "prompt[1]")):
         error = rig_of().call("POST", path, body).error
-        message = f"{param} has more than 4095 tokens; the limit is 4095, of a context of 4096. Shorten it"
-        assert error["message"] == message
-        if "param" in error:
-            assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+        assert error["message"] == (
+            f"{param} has more than 4095 tokens; the limit is 4095, of a context of 4096. Shorten it"
+        )
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+    counted = rig_of().call("POST", "/v1/messages/count_tokens", chat)
+    assert counted.error["message"] == f"messages has more than {MAX_TOKENIZED} tokens; send it in parts"
 
 
 def test_no_template_no_chat() -> None:

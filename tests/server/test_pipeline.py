@@ -66,8 +66,8 @@ def test_nobody_waits_for_the_grammars_of_others_without_need(
     children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What needs no child is answered, a deadline is kept, and more than can be served in time are refused."""
-    monkeypatch.setattr(grammar_check, "WAIT_S", 2.1)
-    rig, most = rig_of(), 10  # at seven eighths of half a second
+    monkeypatch.setattr(grammar_check, "WAIT_S", 0.87)
+    rig, most = rig_of(), 4  # at seven eighths of half a second
 
     async def play() -> list[Answer]:
         children.may_end.set()
@@ -88,6 +88,20 @@ def test_nobody_waits_for_the_grammars_of_others_without_need(
 
     assert [answer.status for answer in asyncio.run(play())] == [200] * (1 + most)
     assert sorted(children.begun) == sorted(["known", *(f"a{i}" for i in range(most))])
+
+
+def test_a_worker_that_stops_lets_nobody_wait_for_a_grammar(children: Children) -> None:
+    rig = rig_of()
+
+    async def play() -> list[Answer]:
+        waiting = [asyncio.create_task(rig.acall("POST", CHAT, asking(f"a{i}"))) for i in range(5)]
+        await _until(lambda: len(children.begun) == grammar_check.NUM_CHILDREN)
+        assert (await rig.acall("POST", "/shutdown", {})).status == 202
+        return await asyncio.gather(*waiting)
+
+    answers = asyncio.run(play())
+    assert {(answer.status, answer.error["code"]) for answer in answers} == {(503, "SHUTTING_DOWN")}
+    assert len(children.begun) == grammar_check.NUM_CHILDREN, "the others were not begun"
 
 
 def test_the_grammar_of_a_client_that_left_is_not_looked_at(children: Children) -> None:

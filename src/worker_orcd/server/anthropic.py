@@ -249,7 +249,7 @@ def error_document(error: WorkerError, status: int, correlation_id: str | None =
 def anthropic_routes(pipeline: Pipeline, preparer: Preparer) -> list[BaseRoute]:
     def count(raw: bytes, exchange: Exchange) -> dict[str, Any]:  # noqa: ARG001 - every Prepare gets it
         text, _, _ = preparer.written(read_body(raw, MessagesBody).chat())
-        return {"input_tokens": len(preparer.tokenizer.encode(text))}  # also of one that does not fit
+        return {"input_tokens": len(preparer.tokenized(text, "messages"))}
 
     return [
         Route(PATH, Endpoint(pipeline, partial(MessagesAnswer.read, preparer)), methods=["POST"]),

@@ -55,6 +55,7 @@ class Control:
         self._idle.set()
         self._impatient = asyncio.Event()
         self.stopping = asyncio.Event()
+        self._ends: set[asyncio.Future[None]] = set()
         self.failure: WorkerError | None = None
 
     @property
@@ -67,6 +68,21 @@ class Control:
             raise ShuttingDown("the worker has failed; send the request to another one")
         if self.stopping.is_set():
             raise ShuttingDown("the worker is shutting down; send the request to another one")
+
+    def end(self) -> asyncio.Future[None]:
+        """Done as soon as no new work is taken. To be cancelled by who does not wait for it any more."""
+        end = asyncio.get_running_loop().create_future()
+        self._ends.add(end)
+        end.add_done_callback(self._ends.discard)
+        if self.stopping.is_set():
+            end.set_result(None)
+        return end
+
+    def _take_no_more(self) -> None:
+        self.stopping.set()
+        for end in self._ends:
+            if not end.done():
+                end.set_result(None)
 
     @contextmanager
     def open(self, job_id: str, remaining_s: float | None, tenant: str = "") -> Iterator[Job]:
@@ -93,7 +109,7 @@ class Control:
         """First call: take no new work. Second call: wait for the work in flight no longer."""
         if self.stopping.is_set():
             self._impatient.set()
-        self.stopping.set()
+        self._take_no_more()
 
     async def drain(self) -> None:
         """Let jobs finish for up to the shutdown timeout, then end the rest with SHUTTING_DOWN."""
@@ -106,7 +122,7 @@ class Control:
     async def fail(self, error: WorkerError) -> None:
         """Take no new work, and end the jobs: by what the engine told each of them, else with `error`."""
         self.failure = error
-        self.stopping.set()
+        self._take_no_more()
         await self._wait_idle(FAILED_S)
         await self._interrupt(error)
 

@@ -87,19 +87,21 @@ class Pipeline:
             await self._while_wanted(asyncio.ensure_future(check), receive, request.timeout_s)
 
     async def _while_wanted(self, work: asyncio.Future[T], receive: Receive, remaining_s: float | None) -> T:
-        """What `work` comes to. Cancels it when the client leaves or time is up, so that a queue skips it."""
+        """What `work` comes to. It is cancelled, and skipped by a queue, when nobody waits for it any more."""
         departure = asyncio.ensure_future(_departure(receive))
+        waits = (work, departure, self._control.end())
         try:
-            done, _ = await asyncio.wait((work, departure), timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waits, timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
             if work in done:
                 return work.result()
             if departure in done:
                 self._metrics.record_client_disconnect()
                 raise ClientDisconnect
+            self._control.check_open()
             raise InferenceTimeout("the time for this job passed before it was begun")
         finally:
-            departure.cancel()
-            work.cancel()
+            for wait in waits:
+                wait.cancel()
 
     async def generate(self, answer: Answer, exchange: Exchange, receive: Receive, send: Send) -> None:
         """Run `answer` to its end, however it ends."""

@@ -26,6 +26,7 @@ from worker_orcd.tokenizer.base import encode_within
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
 
+MAX_TOKENIZED = 2**18  # tokens of a text that is only counted, or as many as the context has
 _RESERVED = frozenset({"self", "messages", "add_generation_prompt", "tools"})
 
 
@@ -111,6 +112,14 @@ class Preparer:
     def parser(self, chat: Chat) -> OutputParser:
         source = self._template.source if self._template else None
         return parser_for(source, self.info.architecture, chat.tools, chat.prompt)
+
+    def tokenized(self, text: str, param: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text that is counted, not answered: it may be longer than a prompt."""
+        limit = max(MAX_TOKENIZED, self.info.context_length)
+        ids = encode_within(self.tokenizer, text, limit, add_special)
+        if ids is None or len(ids) > limit:
+            refuse(param, "length", f"has more than {limit} tokens; send it in parts")
+        return ids
 
     def encode(self, text: str, param: str) -> list[int]:
         """Token ids of a prompt that fits."""

@@ -20,14 +20,10 @@ from worker_orcd.server.generation import Answer
 from worker_orcd.server.openai.bodies import ChatBody, read_body, refuse
 from worker_orcd.server.openai.chat import ChatAnswer
 from worker_orcd.server.openai.completions import CompletionAnswer
-from worker_orcd.server.openai.messages import check_tools, chosen_tool
 from worker_orcd.server.openai.prepare import Preparer
 from worker_orcd.server.openai.responses import ResponseAnswer
 from worker_orcd.server.openai.wire import encode
 from worker_orcd.server.pipeline import Endpoint, Pipeline, Prepare
-from worker_orcd.tokenizer.base import encode_within
-
-MAX_TOKENIZED = 2**18  # tokens of one text, or as many as the context has
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,17 +66,15 @@ class TextRoutes:
 
     def tokenize(self, raw: bytes, exchange: Exchange) -> dict[str, Any]:  # noqa: ARG002 - every Prepare gets it
         asked, tokenizer = read_body(raw, TokenizeBody), self._preparer.tokenizer
+        param = "content" if asked.prompt is None else "prompt"
         text = asked.content if asked.prompt is None else asked.prompt
         if text is None:
-            refuse("content", "required", "is missing")
+            refuse(param, "required", "is missing")
         wishes = [wish for wish in (asked.add_special, asked.add_special_tokens) if wish is not None]
-        context, param = self._preparer.info.context_length, "content" if asked.prompt is None else "prompt"
-        limit = max(MAX_TOKENIZED, context)
-        ids = encode_within(tokenizer, text, limit, wishes[0] if wishes else False)
-        if ids is None or len(ids) > limit:
-            refuse(param, "length", f"has more than {limit} tokens; send it in parts")
+        ids = self._preparer.tokenized(text, param, wishes[0] if wishes else False)
         tokens = [{"id": i, "piece": tokenizer.decode([i], skip_special=False)} for i in ids]
-        return {"tokens": tokens if asked.with_pieces else ids, "count": len(ids), "max_model_len": context}
+        limit = self._preparer.info.context_length
+        return {"tokens": tokens if asked.with_pieces else ids, "count": len(ids), "max_model_len": limit}
 
     def detokenize(self, raw: bytes, exchange: Exchange) -> dict[str, Any]:  # noqa: ARG002
         ids = read_body(raw, DetokenizeBody).tokens
@@ -91,10 +85,8 @@ class TextRoutes:
         return {"content": text, "prompt": text}
 
     def apply_template(self, raw: bytes, exchange: Exchange) -> dict[str, Any]:  # noqa: ARG002
-        chat = read_body(raw, ChatBody)
-        tools = check_tools(chat.tools)
-        is_shown = chosen_tool(chat.tool_choice, tools) != "none"
-        return {"prompt": self._preparer.render(chat, tools if is_shown else [])}
+        text, _, _ = self._preparer.written(read_body(raw, ChatBody))
+        return {"prompt": text}
 
     async def models(self, request: HttpRequest) -> Response:  # noqa: ARG002
         return Response(encode({"object": "list", "data": [self._model()]}), media_type="application/json")
