@@ -260,6 +260,17 @@ def test_while_one_compiles_the_others_run() -> None:
     assert rig.end("slow") == "GRAMMAR_ERROR"
 
 
+def test_a_grammar_has_its_time_from_when_it_begins_to_be_compiled() -> None:
+    """The request may have come while the engine was in a long step."""
+    rig, _ = idle_rig()
+    rig.core.submit(1, scripted_request("beside", max_tokens=2))
+    rig.core.submit(2, scripted_request("late", grammar=DATE), rig.clock.now_s - core_module.COMPILE_S - 1)
+    assert {number for _ in range(3) for number, _ in rig.core.tick().events} == {1}
+    rig.clock.now_s += core_module.COMPILE_S + 1
+    [(number, failed)] = rig.core.tick().events
+    assert (number, failed.code) == (2, "GRAMMAR_ERROR")
+
+
 def test_a_request_can_be_cancelled_while_it_compiles() -> None:
     rig, idle = idle_rig()
     rig.submit(scripted_request("a", grammar=DATE))

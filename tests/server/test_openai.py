@@ -493,6 +493,12 @@ def test_reasoning_tokens_are_the_same_however_tokens_come(group: int) -> None:
         choice.push(Tokens(first, list(range(first, first + group))))
     choice.finish(run.text.finish())
     assert (choice.num_reasoning_tokens, choice.reasoning, choice.content) == (5, "I think so.", "Yes, it is.")
+    run = Run(Request("a", [1], 20, SamplingParams(1)), AnswerText(tokenizer, [" so far"]))
+    cut = Choice(run, parser_for("<think> </think>", "qwen3", None, ""))
+    words[3] = " so"
+    cut.push(Tokens(0, [0, 1, 3]))
+    cut.finish(run.text.finish())
+    assert (cut.num_reasoning_tokens, cut.reasoning) == (3, "I  so")
 
 
 def test_a_final_message_is_continued() -> None:

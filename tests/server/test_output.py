@@ -377,7 +377,10 @@ def test_objects_that_may_have_more_stay_open(schema: Any) -> None:
         {"const": 2**53 + 1},
         {"enum": ["a", {"b": [-(2**53) - 1]}]},
         {"type": "integer", "minimum": 2**53 + 1},
-        {"properties": {"a": {"items": {"exclusiveMaximum": 1e300}}}},
+        {"properties": {"a": {"items": {"exclusiveMaximum": -1e300}}}},
+        {"multipleOf": 2**60},
+        {"const": 1e300},
+        {"const": 2**64},
     ],
 )
 def test_numbers_that_a_grammar_would_change_are_refused(schema: Any) -> None:
@@ -394,6 +397,23 @@ def test_numbers_up_to_those_are_exact(accepts: Callable[[Grammar, str], bool]) 
     schema = {"enum": [most, -most], "default": most + 1, "properties": {"const": {"maximum": most}}}
     grammar = Grammar("json_schema", json.dumps(adapted(schema, "response_format")))
     assert [accepts(grammar, str(n)) for n in (most, most - 1, -most, -most - 1)] == [True, False, True, False]
+    for value in (2**60, -(10**16)):
+        grammar = Grammar("json_schema", json.dumps(adapted({"const": value}, "response_format")))
+        assert [accepts(grammar, str(n)) for n in (value, value + 1, value - 1)] == [True, False, False]
+
+
+def test_bounds_of_machine_numbers_are_kept_within_what_is_exact(accepts: Callable[[Grammar, str], bool]) -> None:
+    most = 2**53
+    for bounds in (
+        {"minimum": -(2**63), "maximum": 2**63 - 1},
+        {"minimum": -3.4e38, "maximum": 3.4e38},
+        {"exclusiveMinimum": -1.7e308, "exclusiveMaximum": 1.7e308},
+    ):
+        grammar = Grammar("json_schema", json.dumps(adapted({"type": "integer"} | bounds, "response_format")))
+        numbers = (0, most - 1, 1 - most, most + 2, -most - 2)
+        assert [accepts(grammar, str(n)) for n in numbers] == [True] * 3 + [False] * 2
+    grammar = Grammar("json_schema", json.dumps(adapted({"type": "number", "maximum": 2**64 - 1}, "x")))
+    assert accepts(grammar, "1500.5")
 
 
 def test_objects_whose_properties_are_listed_are_closed() -> None:

@@ -290,6 +290,14 @@ def test_a_chunked_body_is_counted_without_its_declared_length(server: Live) -> 
         assert peer.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+def test_trailers_are_no_headers(server: Live) -> None:
+    raw = b"POST /execute HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    raw += b"21\r\n%b\r\n0\r\nHost: evil\r\nX-Deadline: 1\r\n\r\n" % b'{"job_id": "tail", "prompt": "x"}'
+    with server.connect() as peer:
+        peer.sendall(raw)
+        assert read_answer(peer).status == 200
+
+
 def test_a_hopelessly_large_body_is_refused_unread(server: Live) -> None:
     with server.connect() as peer:
         peer.sendall(b"POST /execute HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")

@@ -396,7 +396,10 @@ def test_tokenizer_json_beside_the_model(tmp_path: Path) -> None:
     extra = {"<s>": CONTROL, "<|end|>": CONTROL, "[PAD100]": UNUSED}
     metadata = bpe_metadata(extra, bos_token_id=98, eos_token_id=99, add_bos_token=True)
     plain = _bpe(tmp_path, extra, bos_token_id=98, eos_token_id=99, add_bos_token=True)
-    _write_json(tmp_path, _library(plain))
+    library = _library(plain)
+    library.enable_truncation(512)  # what training may leave in such a file
+    library.enable_padding(length=64)
+    _write_json(tmp_path, library)
     tokenizer = load_tokenizer(written(tmp_path, metadata))
     assert tokenizer.kind == "hf-json"
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eog_ids) == (98, 99, {99})

@@ -44,7 +44,7 @@ from worker_orcd.errors import (
 from worker_orcd.kv.prefix import PrefixChain, root_key
 
 NEVER = float("inf")
-COMPILE_S = 20.0  # from arrival; a grammar that takes longer ends its request
+COMPILE_S = 20.0  # a grammar that takes longer ends its request
 COMPILE_WAIT_S = 0.005  # with nothing else to do, an engine looks this often whether a grammar is ready
 
 
@@ -83,7 +83,7 @@ class EngineCore:
         self._cache_scope, self._clock = cache_scope, clock
         self._scheduler = Scheduler(step, limits)
         self._sequences: dict[int, Sequence] = {}  # compiling, waiting or running, by number
-        self._compiling: dict[Sequence, Future[Matcher]] = {}  # not with the scheduler yet
+        self._compiling: dict[Sequence, tuple[Future[Matcher], float]] = {}  # since when; not with the scheduler yet
         self._in_flight: Launched | None = None
         self._events: list[tuple[int, Event]] = []
         self._next_deadline = NEVER
@@ -108,7 +108,7 @@ class EngineCore:
         self._sequences[number] = seq
         self._next_deadline = min(self._next_deadline, seq.arrived_s + request.timeout_s)
         if request.grammar is not None and self._compiler is not None:
-            self._compiling[seq] = self._compiler.compile(request.grammar)
+            self._compiling[seq] = self._compiler.compile(request.grammar), self._clock()
         else:
             self._scheduler.add(seq)
 
@@ -173,10 +173,10 @@ class EngineCore:
     def _queue_compiled(self) -> None:
         """Hand the sequences over whose grammar is ready; end those that get none."""
         if self._in_flight is None and not (self._scheduler.running or self._scheduler.waiting or self._events):
-            wait(self._compiling.values(), COMPILE_WAIT_S, FIRST_COMPLETED)
-        for seq, future in list(self._compiling.items()):
+            wait([future for future, _ in self._compiling.values()], COMPILE_WAIT_S, FIRST_COMPLETED)
+        for seq, (future, began_s) in list(self._compiling.items()):
             if not future.done():
-                if self._clock() - seq.arrived_s > COMPILE_S:
+                if self._clock() - began_s > COMPILE_S:
                     self._fail(seq, GrammarError(f"response_format: not compiled within {COMPILE_S:g} s"))
                 continue
             try:
@@ -320,8 +320,8 @@ class EngineCore:
     def _end(self, seq: Sequence, event: Event) -> None:
         """Nothing more is computed or said for it; its blocks are free now or, if being written, after this step."""
         del self._sequences[seq.number]
-        if (future := self._compiling.pop(seq, None)) is not None:
-            future.cancel()
+        if (compiling := self._compiling.pop(seq, None)) is not None:
+            compiling[0].cancel()
         else:
             self._scheduler.remove(seq)
         seq.has_ended = True

@@ -71,6 +71,10 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._expect_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_timer is not None:  # trailers come behind the head, and the request may be under way
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._check_head()
         if self.is_busy:

@@ -138,7 +138,8 @@ def encode_within(tokenizer: Tokenizer, text: str, limit: int, add_special: bool
     """Token ids of a text; None where it is so long that they need not be counted to be more than `limit`.
 
     Such a text is judged by its beginning, and if that is too short to tell by one that should be long enough. What
-    follows may change the last tokens of a beginning, by less than `_MARGIN` of them.
+    follows may change the last tokens of a beginning, by less than `_MARGIN` of them: merges depend on what is near,
+    as they do in all rules of `pretokenize`.
     """
     size = _QUICK_CHARS
     while size < len(text):

@@ -76,6 +76,9 @@ class HfJsonTokenizer(VocabularyTokenizer):
 def _read(path: Path) -> HfTokenizer:
     content = read_limited(path, "tokenizer.json", MAX_JSON_BYTES)
     try:
-        return HfTokenizer.from_buffer(content)
+        tokenizer = HfTokenizer.from_buffer(content)
     except ValueError as error:
         raise ModelLoadFailed(f"{path.name} is not a tokenizer.json: {str(error)[:200]}") from error
+    tokenizer.no_truncation()  # what training or a sentence encoder asked for would cut prompts, or fill them up
+    tokenizer.no_padding()
+    return tokenizer

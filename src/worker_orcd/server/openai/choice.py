@@ -53,11 +53,7 @@ class Choice:
             if event.logprobs:
                 self._hold((token_id, event.logprobs[i]), released)
             self._num_untold += 1
-            if new := self._added(self._parser.feed(released)):
-                if all(isinstance(piece, Reasoning) for piece in new):
-                    self.num_reasoning_tokens += self._num_untold
-                self._num_untold = 0
-            for piece in new:
+            for piece in self._added(self._parser.feed(released)):
                 add(pieces, piece)
             if self.run.is_complete:
                 break
@@ -110,6 +106,10 @@ class Choice:
                         self.calls.append(call_document(call_id, name or ""))
                     self.calls[-1]["function"]["arguments"] += arguments
             kept.append(piece)
+        if kept:
+            if all(isinstance(piece, Reasoning) for piece in kept):
+                self.num_reasoning_tokens += self._num_untold
+            self._num_untold = 0
         return kept
 
 

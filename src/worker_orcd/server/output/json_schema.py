@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from worker_orcd.errors import FieldError, GrammarError
 
@@ -13,10 +13,10 @@ _FORMATS: Final = frozenset(
 )
 _NAMED: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))  # schemas by names
 _VALUES: Final = frozenset(("const", "default", "enum", "examples", "x-guidance"))  # no schemas
-_NUMBERS: Final = frozenset(
-    ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-)
+_LEAST: Final = frozenset(("minimum", "exclusiveMinimum"))
+_MOST: Final = frozenset(("maximum", "exclusiveMaximum"))
 _MAX_EXACT: Final = 2**53  # the compiler's numbers are doubles
+_MAX_PLAIN: Final = 2**63  # beyond, it writes a whole number with an exponent
 _LOGIC: Final = frozenset(("allOf", "if", "not", "dependentSchemas", "unevaluatedProperties"))
 _BRANCHES: Final = frozenset(("anyOf", "oneOf", "$ref", "$dynamicRef"))
 _KEYS: Final = frozenset(("properties", "required", "patternProperties", "minProperties"))
@@ -25,7 +25,8 @@ _KEYS: Final = frozenset(("properties", "required", "patternProperties", "minPro
 def adapted(schema: Any, param: str) -> Any:
     """`schema` for a model that is to finish: what comes of it satisfies the schema that was given, too.
 
-    Raises GrammarError, naming the field `param`, for numbers that the compiler would change.
+    Raises GrammarError, naming the field `param`, for numbers that the compiler would change. Bounds beyond all that it
+    can tell apart (those of 64-bit integers, of floats) become ±2^53, which is stricter.
 
     An object with `properties` gets no others, unless the schema speaks of `additionalProperties` or mixes several
     schemas into one object. A format that the compiler cannot enforce (password, binary, …) is left out: JSON Schema
@@ -34,7 +35,7 @@ def adapted(schema: Any, param: str) -> Any:
     try:
         return _adapted(schema, not _mixes(schema))
     except _Inexact as keyword:
-        message = f"{param}: {keyword} has a number beyond 2^53, which cannot be enforced exactly"
+        message = f"{param}: {keyword} has a number beyond 2^53 that cannot be enforced exactly"
         raise GrammarError(message, [FieldError(param, "grammar", message)]) from None
 
 
@@ -63,7 +64,13 @@ def _adapted(schema: Any, closes: bool) -> Any:
 
 
 def _part(name: str, value: Any, closes: bool) -> Any:
-    if name in _NUMBERS and _is_inexact(value):
+    if name in _LEAST and _is_number(value):
+        value = max(value, -_MAX_EXACT)
+    elif name in _MOST and _is_number(value):
+        value = min(value, _MAX_EXACT)
+    if (name in _LEAST | _MOST or name == "multipleOf") and _is_number(value) and abs(value) > _MAX_EXACT:
+        raise _Inexact(name)
+    if name in ("const", "enum") and _is_inexact(value):
         raise _Inexact(name)
     if name in _NAMED and isinstance(value, dict):
         return {key: _adapted(schema, closes) for key, schema in value.items()}
@@ -77,7 +84,12 @@ class _Inexact(Exception):
 def _is_inexact(value: Any) -> bool:
     if isinstance(value, dict | list):
         return any(map(_is_inexact, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, int | float) and abs(value) > _MAX_EXACT
+    is_exact = not _is_number(value) or abs(value) <= _MAX_EXACT
+    return not (is_exact or (isinstance(value, int) and abs(value) < _MAX_PLAIN and int(float(value)) == value))
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_remark(name: str, value: Any) -> bool:
