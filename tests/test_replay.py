@@ -106,8 +106,9 @@ def test_several_receipts_are_all_compared(
     events = [{"t": '"receipt"'}, {"t": ".", "receipt": good}, {"receipt": bad}]
     stream = "".join(f"event: any\ndata: {json.dumps(event)}\n\n" for event in events)
     assert run_replay(written(tmp_path, f"{stream}data: [DONE]\n\n"), config) == 1
+    assert run_replay(written(tmp_path, stream[:-30]), config) == 0, "what was cut off is left out"
     told = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert told == ["identical", "identical", "DIFFERENT", "identical", "identical", "DIFFERENT"]
+    assert told == ["identical", "identical", "DIFFERENT", "identical", "identical", "DIFFERENT", "identical"]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +139,9 @@ def test_other_kernels_are_mentioned(
 @pytest.mark.parametrize(
     ("document", "reason"),
     [
-        ("", "not JSON"),
-        ("event: end\ndata: {}\n\n", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("", "neither JSON nor a stream"),
+        ("event: end\ndata: {}\n\n", "neither JSON nor a stream"),
+        ("[" * 100_000, "neither JSON nor a stream"),
         ("[]", "is none"),
         ("[1]", "is none"),
         ("{}", "missing required field"),

@@ -1,4 +1,4 @@
-"""The command line: serve · chat · haiku · bench · doctor · pull · inspect · plan · tokenize · logits.
+"""The command line: serve · chat · haiku · bench · replay · doctor · pull · inspect · plan · tokenize · logits.
 
 Flags win over `LLORCH_*` variables, which win over the YAML file (`--config` or LLORCH_CONFIG), which wins over
 defaults; all four come from WorkerConfig. A failure is one line, `CODE: message`, on stderr and exit status 1.
@@ -90,7 +90,7 @@ def bench(*, options: BenchOptions = BENCH_DEFAULTS, config: WorkerConfig = DEFA
 
 @app.command
 def replay(
-    receipt: Annotated[Path, Parameter(help="JSON file: a receipt, or the event or body that carries it.")],
+    receipt: Annotated[Path, Parameter(help="File with a receipt, or the body, event or stream that carries it.")],
     /,
     *,
     config: WorkerConfig = DEFAULTS,

@@ -104,6 +104,8 @@ def test_what_fits_of_well_known_models(monkeypatch: pytest.MonkeyPatch) -> None
     small, large = doctor._fits(WorkerConfig(), free_bytes=10 * 10**9)
     assert (small.model, small.fits, large.fits) == ("llama-3.1-8b Q4_K_M", True, False)
     assert 5e9 < small.planned_bytes < 10e9 < large.planned_bytes < 14e9
+    capped, _ = doctor._fits(WorkerConfig(kv_cache_size_mb=64), free_bytes=10 * 10**9)
+    assert (capped.fits, capped.remark) == (True, "512 tokens of context"), "as serve would have it"
 
 
 def grades(gpu: dict[str, Any]) -> dict[str, str]:

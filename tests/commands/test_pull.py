@@ -151,6 +151,7 @@ def test_a_repository_that_is_not_there_is_named(hub: Hub, tmp_path: Path) -> No
         ("http://huggingface.co/x", False), ("https://huggingface.co.evil.org/", False),
         ("https://evilhf.co/", False), ("https://huggingface.co@evil.org/", False),
         ("file:///etc/passwd", False), ("", False), ("foo", False), ("https://[x", False),
+        ("https://hf.co:abc", False), ("https://hf.co:99999", False), ("https://hf.co:443", True),
     ],
 )  # fmt: skip
 def test_which_hosts_are_allowed(url: str, is_allowed: bool) -> None:

@@ -101,7 +101,7 @@ def test_a_conversation_comes_back_as_items(server: Live) -> None:
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"const": 2**60}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"const": 2**60 + 1}}}}, "text.format"),
     ]
     for fields, param in bad:
         with pytest.raises(openai.BadRequestError) as caught:
@@ -195,6 +195,11 @@ def test_what_anthropic_messages_become(server: Live) -> None:
         with pytest.raises(anthropic.BadRequestError) as caught:
             client.messages.create(**({"model": "m", "max_tokens": 5, "messages": messages} | {"extra_body": fields}))
         assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+
+
+def test_refusals_of_messages_name_their_own_fields(server: Live) -> None:
+    client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{server.port}", api_key="x", max_retries=0)
+    messages: Any = [{"role": "user", "content": "x"}]
     bad: list[tuple[dict[str, Any], str]] = [
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].name "),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": "x"}]}]},
@@ -207,7 +212,7 @@ def test_what_anthropic_messages_become(server: Live) -> None:
         ({"tool_choice": {"type": "any"}}, "tool_choice asks for a call"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema "),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type "),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {"const": 2**60}}}},
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"const": 2**60 + 1}}}},
          "output_config.format: "),
     ]  # fmt: skip
     for fields, begin in bad:

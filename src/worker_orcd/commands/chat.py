@@ -69,7 +69,8 @@ class Conversation:
         try:
             self.settings[name] = SETTINGS[name](value)
         except ValueError:
-            raise InvalidRequest(f"{name} is {value.strip()!r}; a number is needed") from None
+            kind = "a whole number" if SETTINGS[name] is int else "a number"
+            raise InvalidRequest(f"{name} is {value.strip()!r}; {kind} is needed") from None
         return f"{name} {self.settings[name]}"
 
     def direct(self, text: str) -> str:

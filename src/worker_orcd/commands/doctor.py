@@ -218,7 +218,9 @@ def _fits(config: WorkerConfig, free_bytes: int | None) -> Iterator[Fit]:
         for name_and_quant in WELL_KNOWN:
             name, _, quant = name_and_quant.partition(":")
             path = Path(folder) / "model.gguf"
-            length = min(write_header(path, name, quant), config.context_length or CONTEXT)
+            own = write_header(path, name, quant)
+            is_capped = config.kv_cache_size_mb is not None and config.context_length is None
+            length = None if is_capped else min(own, config.context_length or CONTEXT)  # else what the cache holds
             yield _fit(f"{name} {quant}", replace(config, model=path, context_length=length), free_bytes)
 
 

@@ -25,7 +25,7 @@ from worker_orcd.gguf.reader import GgufFile
 ENDPOINT = "https://huggingface.co"
 HOSTS = ("huggingface.co", "hf.co")  # and what is below them: where the hub redirects downloads to
 CHUNK_BYTES = 2**22
-SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<what>.+))?", re.ASCII)
+SOURCE = re.compile(r"(?P<repo>(?![.-])[\w.-]+(?<![.-])/(?![.-])[\w.-]+(?<![.-]))(?::(?P<what>.+))?", re.ASCII)
 PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
 
 
@@ -98,11 +98,11 @@ def check_host(url: str, allowed: Sequence[str]) -> None:
     """Raises PullFailed unless the host of `url`, or one above it, is allowed; loopback alone may do without TLS."""
     try:
         parts = urlsplit(url)
-        host = (parts.hostname or "").lower()
+        host = (parts.hostname or "").lower() if parts.port != 0 else ""
     except ValueError:
         host = ""
     if not host:
-        raise PullFailed(f"{url!r} names no host; an address such as {ENDPOINT} is needed")
+        raise PullFailed(f"{url!r} names no host and port; an address such as {ENDPOINT} is needed")
     if not any(host == name or host.endswith(f".{name}") for name in allowed):
         raise PullFailed(f"{host} is not on the list of hosts to download from; --allow-host {host} puts it there")
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +63,7 @@ def read_receipts(path: Path) -> list[Receipt]:
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"receipt {path} is none: {error}") from None
     except (ValueError, RecursionError):
-        raise InvalidRequest(f"receipt {path} is not JSON") from None
+        raise InvalidRequest(f"receipt {path} is neither JSON nor a stream with a receipt in it") from None
     for receipt in receipts:
         if receipt.prompt_ids is None:
             raise InvalidRequest(
@@ -75,9 +76,12 @@ def read_receipts(path: Path) -> list[Receipt]:
 
 def _document(raw: bytes) -> Any:
     """JSON, or the receipts in events of a stream, whole or a part of it. Raises ValueError."""
-    lines = [line for line in raw.splitlines() if line.startswith(b"data:") and b'"receipt"' in line]
-    events = [msgspec.json.decode(line.removeprefix(b"data:")) for line in lines]
-    found = [event["receipt"] for event in events if isinstance(event, dict) and "receipt" in event]
+    found = []
+    for line in raw.splitlines():
+        if line.startswith(b"data:") and b'"receipt"' in line:
+            with suppress(ValueError):  # where it was cut off
+                event = msgspec.json.decode(line.removeprefix(b"data:"))
+                found += [event["receipt"]] if isinstance(event, dict) and "receipt" in event else []
     return found or msgspec.json.decode(raw)
 
 

@@ -6,15 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO
 
 from worker_orcd.assemble import embedded_model
 from worker_orcd.config import WorkerConfig
-from worker_orcd.errors import StartFailed
+from worker_orcd.errors import StartFailed, error_of
 
 START_TIMEOUT_S = 600.0  # a large model on a slow disk
 SECRETS = {"api_key": "LLORCH_API_KEY"}  # flags show in the list of processes
@@ -56,24 +58,28 @@ def running_worker(config: WorkerConfig) -> Iterator[subprocess.Popen[bytes]]:
             command.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             command += [f"--{flag}", str(value.resolve() if isinstance(value, Path) else value)]
-    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, process_group=0)
-    try:
-        _wait_until_ready(config, worker)
-        yield worker
-    finally:
-        if worker.poll() is None:
-            worker.kill()
-            worker.wait()
+    with tempfile.TemporaryFile() as said:
+        worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=environment, process_group=0)
+        try:
+            _wait_until_ready(config, worker, said)
+            yield worker
+        finally:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
 
 
-def _wait_until_ready(config: WorkerConfig, worker: subprocess.Popen[bytes]) -> None:
-    """Raises StartFailed when the worker ends or takes longer than START_TIMEOUT_S; leaves when it has said why."""
+def _wait_until_ready(config: WorkerConfig, worker: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+    """Raises what the worker ends with, or StartFailed when it takes longer than START_TIMEOUT_S."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if worker.poll() == 1:
-            sys.exit(1)
-        if worker.returncode is not None:
-            raise StartFailed(f"the worker ended with status {worker.returncode}")
+        if worker.poll() is not None:
+            said.seek(0)
+            line = (said.read().decode("utf-8", "replace").splitlines() or [""])[-1]
+            code, is_told, message = line.partition(": ")
+            if worker.returncode == 1 and is_told:
+                raise error_of(code, message, {})
+            raise StartFailed(f"the worker ended with status {worker.returncode}. {line}".rstrip())
         try:
             with socket.create_connection(("127.0.0.1", config.port), timeout=1.0):
                 return

@@ -116,7 +116,8 @@ def _choice(kind: Any, name: Any) -> Any:
 def _tool(tool: dict[str, Any], param: str) -> dict[str, Any]:
     if tool.get("type", "custom") != "custom":
         refuse(f"{param}.type", "unsupported", "must be custom; this worker runs no tools of its own")
-    return {"type": "function", "function": checked_function(tool, param, "input_schema")}
+    function = {"description": ""} | checked_function(tool, param, "input_schema")  # templates take it for granted
+    return {"type": "function", "function": function}
 
 
 def _messages(message: dict[str, Any], param: str) -> list[dict[str, Any]]:

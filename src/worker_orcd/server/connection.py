@@ -137,7 +137,7 @@ class Connection(HttpToolsProtocol):
         if codings and (codings != [b"chunked"] or version == "1.0"):
             raise self._refused(400, "the only transfer coding is chunked, and HTTP/1.0 has none")
         if self.parser.get_method() == b"CONNECT":
-            raise self._refused(405, "there is no CONNECT here")
+            raise self._refused(501, "this is no proxy: CONNECT is not served")
         if not self.url.startswith(b"/"):  # a name in it would stand beside the one in Host
             raise self._refused(400, "the request target must begin with /")
         if len(self.url) > MAX_TARGET_BYTES:

@@ -33,7 +33,7 @@ class _Check:
 
 
 class GrammarChecker:
-    """Remembers what it has found good. Lives on the event loop's thread; its own ones wait for children."""
+    """Remembers what it has found good. Called on the event loop; its threads do nothing but wait for children."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(NUM_CHILDREN, "grammar")

@@ -25,8 +25,8 @@ _KEYS: Final = frozenset(("properties", "required", "patternProperties", "minPro
 def adapted(schema: Any, param: str) -> Any:
     """`schema` for a model that is to finish: what comes of it satisfies the schema that was given, too.
 
-    Raises GrammarError, naming the field `param`, for numbers that the compiler would change. Bounds beyond all that it
-    can tell apart (those of 64-bit integers, of floats) become ±2^53, which is stricter.
+    Raises GrammarError, naming the field `param`, for numbers that the compiler would change. Bounds beyond all that
+    it can tell apart (those of 64-bit integers, of floats) become ±2^53, which is stricter.
 
     An object with `properties` gets no others, unless the schema speaks of `additionalProperties` or mixes several
     schemas into one object. A format that the compiler cannot enforce (password, binary, …) is left out: JSON Schema
