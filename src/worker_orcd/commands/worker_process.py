@@ -19,6 +19,11 @@ from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import StartFailed, error_of
 
 START_TIMEOUT_S = 600.0  # a large model on a slow disk
+# `python -m worker_orcd serve` that gets SIGTERM when we end, however we end: it must not keep the GPU.
+SERVE = (
+    "import ctypes, runpy; ctypes.CDLL(None).prctl(1, 15); "  # PR_SET_PDEATHSIG, SIGTERM
+    "runpy.run_module('worker_orcd', run_name='__main__')"
+)
 SECRETS = {"api_key": "LLORCH_API_KEY"}  # flags show in the list of processes
 
 
@@ -48,7 +53,7 @@ def running_worker(config: WorkerConfig) -> Iterator[subprocess.Popen[bytes]]:
 
     It has a process group of its own: Ctrl-C in the terminal is for the command.
     """
-    command = [sys.executable, "-P", "-m", "worker_orcd", "serve"]  # -P: nothing is imported from where we stand
+    command = [sys.executable, "-P", "-c", SERVE, "serve"]  # -P: nothing is imported from where we stand
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
     for name, value in asdict(config).items():
         flag = name.replace("_", "-")
