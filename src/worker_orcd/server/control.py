@@ -54,7 +54,7 @@ class Control:
         self._idle = asyncio.Event()
         self._idle.set()
         self._impatient = asyncio.Event()
-        self.stopping = asyncio.Event()
+        self.is_stopping = False
         self._ends: set[asyncio.Future[None]] = set()
         self.failure: WorkerError | None = None
 
@@ -66,7 +66,7 @@ class Control:
         """Raise ShuttingDown when no new work is taken."""
         if self.failure is not None:
             raise ShuttingDown("the worker has failed; send the request to another one")
-        if self.stopping.is_set():
+        if self.is_stopping:
             raise ShuttingDown("the worker is shutting down; send the request to another one")
 
     def end(self) -> asyncio.Future[None]:
@@ -74,12 +74,12 @@ class Control:
         end = asyncio.get_running_loop().create_future()
         self._ends.add(end)
         end.add_done_callback(self._ends.discard)
-        if self.stopping.is_set():
+        if self.is_stopping:
             end.set_result(None)
         return end
 
     def _take_no_more(self) -> None:
-        self.stopping.set()
+        self.is_stopping = True
         for end in self._ends:
             if not end.done():
                 end.set_result(None)
@@ -107,7 +107,7 @@ class Control:
 
     def stop(self) -> None:
         """First call: take no new work. Second call: wait for the work in flight no longer."""
-        if self.stopping.is_set():
+        if self.is_stopping:
             self._impatient.set()
         self._take_no_more()
 
@@ -200,7 +200,7 @@ class ControlRoutes:
         status, reason = self._engine.status(), ""
         if self._control.failure is not None:
             reason = "the worker has failed"
-        elif self._control.stopping.is_set():
+        elif self._control.is_stopping:
             reason = "the worker is shutting down"
         elif not status.ready:
             reason = status.reason or "the engine makes no progress"
@@ -223,7 +223,7 @@ class ControlRoutes:
     async def shutdown(self, request: HttpRequest) -> Response:
         if body := await _small_body(request):
             parse_object(body)
-        if not self._control.stopping.is_set():
+        if not self._control.is_stopping:
             self._control.stop()
         return _json({"state": "draining"}, 202)
 
@@ -258,7 +258,7 @@ class ControlRoutes:
     def _state(self) -> JobState:
         if self._control.failure is not None:
             return "failed"
-        if self._control.stopping.is_set():
+        if self._control.is_stopping:
             return "draining"
         if not self._engine.status().healthy:
             return "failed"

@@ -142,7 +142,7 @@ async def _main(
 
 async def _drain(control: Control, narrator: Narrator) -> None:
     """Wait for the wish to stop; let the jobs finish, then end them."""
-    await control.stopping.wait()
+    await control.end()
     if control.failure is None:  # else there is nothing to wait for
         narrator.narrate("shutdown", "draining", action="drain", reason="asked", in_flight=control.num_jobs)
         await control.drain()
