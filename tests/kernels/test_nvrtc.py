@@ -76,8 +76,8 @@ def test_a_pair_compiles(num_rows: int, arch: str) -> None:
 
 
 OTHERS = [
-    ("add_norm", defined(WIDTH=4096, CLUSTER=1, BLOCK=512, AHEAD=8)),
-    ("add_norm", defined(WIDTH=36, CLUSTER=1, BLOCK=64, AHEAD=1)),
+    ("add_norm", defined(WIDTH=4096, CLUSTER=1, BLOCK=512, AHEAD=8, AFTER=0, BIAS=0)),
+    ("add_norm", defined(WIDTH=36, CLUSTER=1, BLOCK=64, AHEAD=1, AFTER=1, BIAS=1)),
     *(("rope_store", defined(DIM=128, KV_BITS=bits, INTERLEAVED=bits % 2, AHEAD=4)) for bits in KV_BITS.values()),
     *(("activate", defined(ACTIVATION=kind, GATED=1, AHEAD=2)) for kind in ("SILU", "GELU", "GELU_TANH", "CLAMPED")),
     ("activate", defined(ACTIVATION="GELU", GATED=0, AHEAD=1)),

@@ -15,6 +15,13 @@
 // x image -> shared memory: pieces of 64 inputs, in each this CTA's token groups
 constexpr int PIECE_BYTES = GROUPS * GROUP_BYTES;
 #if HOPPER
+// By one thread: of barriers that lanes make at once the compiled kernel says that there is one, and racecheck, which goes by
+// that, takes a tile of x for a race.
+DEVICE void make_barriers(u32 barriers, int count) {
+#pragma unroll 1
+  for (int i = 0; i < count; i++) barrier_init(barriers + i * 8, 1);
+  barrier_init_done();
+}
 // By the first warp. Its loops are not unrolled: a step of a model is faster with less code.
 DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barriers) {
 #if LONG
@@ -110,7 +117,7 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
   start_next_kernel();
   x += ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES;
 #if HOPPER
-  if (threadIdx.x < (LONG ? nt : 1)) barrier_init(barriers + threadIdx.x * 8, 1), barrier_init_done();
+  if (threadIdx.x == 0) make_barriers(barriers, LONG ? nt : 1);
   __syncthreads();
   if (warp == 0) {  // x is asked for as soon as it is there, no matter how far the weights are
     await_previous_kernel();

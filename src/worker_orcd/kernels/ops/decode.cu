@@ -225,8 +225,7 @@ decode(void* __restrict__ out,
       const u16* from = item & 1 ? cache.v : cache.k;
       const u32 slot = here.slots + item % SLOTS * SLOT_BYTES;
       const int number = start / BLOCK - window / BLOCK;
-      if (start + TILE <= last) fetch<true>(cache, from, blocks, number, start, last, slot);
-      else fetch<false>(cache, from, blocks, number, start, last, slot);
+      fetch(cache, from, blocks, number, start, last, slot);
     }
     close_copies();
   };

@@ -66,9 +66,8 @@ DEVICE int block_of(const int* blocks, int number) {  // of the window; all lane
   const int low = __shfl_sync(~0u, blocks[0], number & 31), high = __shfl_sync(~0u, blocks[1], number & 31);
   return number < 32 ? low : high;
 }
-// Begin to copy a tile of keys or values, whose first block is `number` of the window; unless it is WHOLE, what lies at
-// `old` or beyond becomes zeros.
-template <bool WHOLE>
+// Begin to copy a tile of keys or values, whose first block is `number` of the window; what lies at `old` or beyond
+// becomes zeros.
 DEVICE void fetch(const Cache& cache, const u16* from, const int* blocks, int number, int start, int old, u32 slot) {
   const int first = threadIdx.x / LANES, chunk = threadIdx.x % LANES, step = FETCHED * cache.token_elems;
   slot += first * STRIDE + chunk * 16;
@@ -82,7 +81,7 @@ DEVICE void fetch(const Cache& cache, const u16* from, const int* blocks, int nu
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c += LANES)
-      copy16_or_zeros(slot + row * STRIDE + c * 16, at + c * 8, WHOLE || start + row + first < old);
+      copy16_or_zeros(slot + row * STRIDE + c * 16, at + c * 8, start + row + first < old);
     at += step;
   }
 }
@@ -109,7 +108,8 @@ DEVICE int column_of(const Form& form, int row, int own, int first, int kv_head)
 #if ROTATED
 DEVICE void add_rows(const Form& form, const Sums& qkv, float* made, int rows, int own, int first, int kv_head, int t,
                      int T) {
-  constexpr int QUADS = DIM / 4, AT_ONCE = AHEAD <= 4 ? 4 : 2;  // columns of four, of a thread
+  constexpr int QUADS = DIM / 4, AT_ONCE = 2;  // columns of four, of a thread
+#pragma unroll 1
   for (int start = threadIdx.x; start < rows * QUADS; start += THREADS * AT_ONCE) {
     Column<float4> columns[AT_ONCE];
     float4 found[AT_ONCE];

@@ -88,7 +88,8 @@ class Ops:
         shape = norm_shape(width, self._gpu.card.has_clusters)
         ahead = slices_ahead([] if y is None else [y], MOST_NORM_AHEAD if width <= 4 * shape["BLOCK"] else MOST_AHEAD)
         blocks, threads = shape["CLUSTER"], shape["BLOCK"]
-        source = rows_source(WIDTH=width, AHEAD=ahead, **shape)
+        has_bias = any(n is not None and n[1] is not None for n in (norm, after))
+        source = rows_source(WIDTH=width, AHEAD=ahead, AFTER=int(after is not None), BIAS=int(has_bias), **shape)
         work = Work((num_rows * blocks, 1, 1), threads, 8 * blocks * threads // 32)  # two sets of a sum for each warp
         self._gpu.launch(source, "add_norm", work, args)
         return image

@@ -3,7 +3,8 @@
 #include "flow.cuh"
 
 #ifdef WIDTH  // ---- residual and norm, for rows of WIDTH numbers, a multiple of 4
-// CLUSTER blocks of BLOCK threads share a row, so that one row alone is fetched by several multiprocessors.
+// CLUSTER blocks of BLOCK threads share a row, so that one row alone is fetched by several multiprocessors. AFTER: whether
+// there is a norm of y; BIAS: whether norms may have one. Code that is not needed would only have to be fetched.
 constexpr int WARPS = BLOCK / 32;
 constexpr int QUADS = (WIDTH + 4 * BLOCK * CLUSTER - 1) / (4 * BLOCK * CLUSTER);  // of a thread
 
@@ -23,7 +24,7 @@ DEVICE void load(Weights& to, const Norm& norm, int rank) {
     set_zero(to.weight[i]), set_zero(to.bias[i]);
     if (k >= WIDTH) continue;
     if (norm.weight) to.weight[i] = *(const float4*)(norm.weight + k);
-    if (norm.bias) to.bias[i] = *(const float4*)(norm.bias + k);
+    if (BIAS && norm.bias) to.bias[i] = *(const float4*)(norm.bias + k);
   }
 }
 
@@ -42,7 +43,7 @@ DEVICE float row_sum(Shared& shared, int& turn, int rank, float v) {
 
 DEVICE void normalize(Shared& shared, int& turn, int rank, float4* v, const Norm& norm, const Weights& by) {
   float mean = 0.f, sum = 0.f;
-  if (norm.bias) {
+  if (BIAS && norm.bias) {
 #pragma unroll
     for (int i = 0; i < QUADS; i++) mean += (v[i].x + v[i].y) + (v[i].z + v[i].w);  // beyond WIDTH all are 0
     mean = row_sum(shared, turn, rank, mean) / WIDTH;
@@ -92,7 +93,7 @@ add_norm(float* x, const __grid_constant__ Part y, const __grid_constant__ Norm 
   }
   add_up<AHEAD>(columns, v);
   cluster_wait();  // all blocks have begun: they can be written to
-  if (after.weight) {
+  if (AFTER) {
     Weights by_after;
     load(by_after, after, rank);
     normalize(sums, turn, rank, v, after, by_after);
