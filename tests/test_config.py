@@ -252,7 +252,7 @@ def test_unknown_keys_in_the_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "worker.yaml"
     for text, reason in {
         "prot: 9000\n": "prot", "- 1\n": "name: value", "a: [\n": "not YAML", "serve: {port: 9999}": "'serve' is no",
-        "config: 3": "'config' is no", "port: 8390.6": "not an integer",
+        "config: 3": "'config' is no", "port: 8390.6": "not an integer", "port: 1\nport: 2": "has 'port' twice",
     }.items():  # fmt: skip
         file.write_text(text)
         done = run("--config", str(file), "serve")

@@ -136,6 +136,14 @@ def test_other_kernels_are_mentioned(
     assert "computed then by cuda 9, now by torch-reference" in capsys.readouterr().err
 
 
+def test_another_context_than_the_one_of_then_is_mentioned(
+    receipts: dict[str, Any], config: WorkerConfig, tmp_path: Path, capsys: Any
+) -> None:
+    receipt, then = receipts["sampled"], receipts["sampled"]["context_length"]
+    assert run_replay(written(tmp_path, receipt), replace(config, context_length=then + 1)) == 0
+    assert f"the context is {then}, as it was then, not {then + 1}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("document", "reason"),
     [

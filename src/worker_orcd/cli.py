@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -213,13 +214,18 @@ def _yaml(path: Path) -> Yaml:
     if not path.is_file():
         raise StartFailed(f"config {path} is not a regular file")
     try:
-        settings = yaml.safe_load(path.read_bytes()) or {}
+        text = path.read_bytes()
+        settings = yaml.safe_load(text) or {}
     except OSError as error:
         raise StartFailed(f"config {path}: {error.strerror}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise StartFailed(f"config {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise StartFailed(f"config {path} must hold `name: value` lines")
+    document = yaml.compose(text, yaml.SafeLoader)
+    names = Counter(key.value for key, _ in document.value) if document else Counter()
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise StartFailed(f"config {path} has {twice[0]!r} twice")
     if no_settings := [key for key in settings if key in app or key == "config"]:  # which cyclopts would pass over
         raise StartFailed(f"config {path}: {no_settings[0]!r} is no setting; settings stand at the top level")
     return Yaml(path, must_exist=True, use_commands_as_keys=False)

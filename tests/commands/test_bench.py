@@ -62,7 +62,9 @@ def test_a_server_over_http(tmp_path: Path) -> None:
     assert len({tuple(request.prompt_ids) for request in asked}) == len(asked), "no prefix is found in the cache"
 
 
-def test_a_random_model_is_written_once_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_model_is_written_once_and_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     mini = Shape("llama", 2, 64, 128, 4, 2, 16, 300, 512)
     monkeypatch.setitem(MODELS, "mini", mini)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -71,8 +73,9 @@ def test_a_random_model_is_written_once_and_measured(tmp_path: Path, monkeypatch
         synthetic="mini:q8_0", batches="1,3", prompt_tokens=8, tokens=4, repeat=1, json=tmp_path / "out.json"
     )
     written = []
-    for _ in range(2):
-        assert run_bench(WorkerConfig(device="cpu"), options) == 0
+    for length in (None, 512):
+        assert run_bench(WorkerConfig(device="cpu", context_length=length), options) == 0
+        assert ("the context is 13, what is needed, not 512" in capsys.readouterr().err) is (length == 512)
         written.append(file.stat().st_mtime_ns)
         check(json.loads((tmp_path / "out.json").read_text()), [1, 3])
     assert written[0] == written[1]

@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,8 @@ def _in_process(config: WorkerConfig, options: BenchOptions) -> tuple[str, Measu
 
     context = options.prompt_tokens + options.tokens + 1
     largest = max(options.sizes)
+    if config.context_length not in (None, context):
+        print(f"note: the context is {context}, what is needed, not {config.context_length}", file=sys.stderr)
     config = replace(config, model=config.model or embedded_model(), context_length=None, max_batch=largest)
     with (blueprint := draw_up(config)).gguf:
         if context > (allowed := blueprint.spec.context_length):

@@ -27,7 +27,10 @@ Receipts = Annotated[list[Receipt], msgspec.Meta(min_length=1)]
 def run_replay(path: Path, config: WorkerConfig) -> int:
     """Exit status: 0 when the same token ids come out, 1 when others do. Raises WorkerError when nothing can run."""
     receipts = read_receipts(path)
-    config = replace(config, max_batch=1, context_length=receipts[0].context_length)
+    context = receipts[0].context_length
+    if config.context_length not in (None, context):
+        print(f"note: the context is {context}, as it was then, not {config.context_length}", file=sys.stderr)
+    config = replace(config, max_batch=1, context_length=context)
     blueprint = draw_up(config)
     for receipt in receipts:
         _check(receipt, blueprint)
