@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,8 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.fakes import ScriptedEngine
 from tests.server.client import live
 from worker_orcd import errors
+from worker_orcd.assemble import STEP_TOKENS
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.metrics import PrometheusMetrics
+from worker_orcd.engine.request import SAMPLER_ORDER
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "deploy").iterdir())]
@@ -79,6 +82,25 @@ def test_flags_and_variables_exist(path: Path) -> None:
         declared = {name for file in commands for name in re.findall(r"^ +(\w+): Annotated", file.read_text(), re.M)}
         flags = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][a-z-]+", text)} - OTHERS_FLAGS
         assert {flag[2:].replace("-", "_") for flag in flags} <= settings | declared | {"config", "help"}
+
+
+def test_defaults_that_only_the_code_chooses_are_told() -> None:
+    told = get_type_hints(WorkerConfig, include_extras=True)["max_tokens_per_step"].__metadata__[-1].help
+    tuning = (ROOT / "docs" / "operations.md").read_text().split("## Tuning", 1)[1]
+    for steps in STEP_TOKENS.values():
+        assert str(steps) in told
+        assert str(steps) in tuning
+
+
+def test_the_routes_in_the_tables_of_the_dialects_are_served() -> None:
+    text = (ROOT / "docs" / "openai.md").read_text()
+    served = set(json.loads((ROOT / "docs" / "openapi.json").read_text())["paths"])
+    routes = {
+        path for row in re.findall(r"^\| `(?:POST|GET) .*?\|", text, re.M) for path in re.findall(r"/[\w/{}-]+", row)
+    }
+    assert routes <= served
+    assert all(path in text for path in served if path.startswith("/v1/") and not path.startswith("/v1/requests"))
+    assert ", ".join(f"`{name}`" for name in SAMPLER_ORDER) in " ".join(text.split())
 
 
 def test_the_unit_and_the_image_start_the_command() -> None:

@@ -47,7 +47,10 @@ class WorkerConfig:
     ] = "cuda"
     backend: Annotated[
         Literal["cuda", "reference"] | None,
-        _help("cuda keeps weights quantized; reference is plain torch in float32, and all there is on the CPU."),
+        _help(
+            "cuda keeps weights quantized; reference is plain torch in float32, and all there is on the CPU. When "
+            "left out: cuda, on the CPU reference."
+        ),
     ] = None
     gpu_device: Annotated[int, INTEGER, _help("Index of the GPU.", "--gpu-device", "--gpu")] = 0
     host: Annotated[str, _help("Address to listen on; any but a loopback address needs an API key.")] = "127.0.0.1"
@@ -83,7 +86,10 @@ class WorkerConfig:
     max_tokens_per_step: Annotated[
         int | None,
         INTEGER,
-        _help("Tokens computed in one step, prompts and answers together; chosen for the device when left out."),
+        _help(
+            "Tokens computed in one step, prompts and answers together; when left out 2048 on a GPU and 64 on the "
+            "CPU, but at least --max-batch."
+        ),
     ] = None
     max_queue: Annotated[int, INTEGER, _help("Requests that may wait; the next one gets 429 with Retry-After.")] = 128
     scheduling_policy: Annotated[
