@@ -32,12 +32,13 @@ from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Run
 from worker_orcd.server.openai.bodies import ChatBody, CompletionBody
 from worker_orcd.server.openai.chat import ChatAnswer
-from worker_orcd.server.openai.choice import AnswerText, Choice
+from worker_orcd.server.openai.choice import Choice
 from worker_orcd.server.openai.completions import CompletionAnswer
 from worker_orcd.server.openai.prepare import MAX_TOKENIZED, Preparer
 from worker_orcd.server.openai.responses import ResponseAnswer, ResponseBody
 from worker_orcd.server.output import parser_for
 from worker_orcd.tokenizer.chat import ChatTemplate
+from worker_orcd.tokenizer.stream import TextStream
 
 CHAT = "/v1/chat/completions"
 PLAIN = (
@@ -487,13 +488,13 @@ def test_reasoning_tokens_are_the_same_however_tokens_come(group: int) -> None:
     """A token whose text is held back counts with the piece that it becomes a part of."""
     words = ["<think>", "I ", "think ", "so", ".", "</think>", "\n", "Yes", ", it", " is."]
     tokenizer = SimpleNamespace(token_bytes=lambda token_id: words[token_id].encode())
-    run = Run(Request("a", [1], 20, SamplingParams(1)), AnswerText(tokenizer, []))
+    run = Run(Request("a", [1], 20, SamplingParams(1)), TextStream(tokenizer, []))
     choice = Choice(run, parser_for("<think> </think>", "qwen3", None, ""))
     for first in range(0, 10, group):
         choice.push(Tokens(first, list(range(first, first + group))))
     choice.finish(run.text.finish())
     assert (choice.num_reasoning_tokens, choice.reasoning, choice.content) == (5, "I think so.", "Yes, it is.")
-    run = Run(Request("a", [1], 20, SamplingParams(1)), AnswerText(tokenizer, [" so far"]))
+    run = Run(Request("a", [1], 20, SamplingParams(1)), TextStream(tokenizer, [" so far"]))
     cut = Choice(run, parser_for("<think> </think>", "qwen3", None, ""))
     words[3] = " so"
     cut.push(Tokens(0, [0, 1, 3]))

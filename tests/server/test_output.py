@@ -16,7 +16,7 @@ from tests.tokenizer.vocabularies import CONTROL, USER_DEFINED, bpe_metadata, wr
 from worker_orcd.engine.grammar import GrammarCompiler
 from worker_orcd.engine.grammar_source import SPACE as SCHEMA_SPACE
 from worker_orcd.engine.request import Grammar
-from worker_orcd.errors import GrammarError, InvalidRequest
+from worker_orcd.errors import GrammarError
 from worker_orcd.server.output import (
     Content,
     OutputParser,
@@ -290,18 +290,16 @@ def test_a_call_that_must_be_made(
 
 
 def test_the_one_function_that_must_be_called(accepts: Callable[[Grammar, str], bool]) -> None:
-    grammar = tool_grammar(TOOLS, {"type": "function", "function": {"name": "now"}}, TEMPLATES["llama"])
+    grammar = tool_grammar(TOOLS, "now", TEMPLATES["llama"], "", "")
     assert accepts(grammar, '{"name": "now", "parameters": {}}')
     assert not accepts(grammar, LLAMA_CALL)
-    with pytest.raises(InvalidRequest, match="not among the tools"):
-        tool_grammar(TOOLS, "later")
 
 
 def test_white_space_in_a_call_ends(accepts: Callable[[Grammar, str], bool]) -> None:
     """A weak model would go on with line ends until its tokens are spent."""
     for style in ("qwen2.5", "harmony"):
         call = TAGGED if style == "qwen2.5" else COMMENTARY
-        grammar = tool_grammar(TOOLS, "required", TEMPLATES[style])
+        grammar = tool_grammar(TOOLS, "required", TEMPLATES[style], "", "")
         assert accepts(grammar, call.replace('{"city"', '{\n  "city"'))
         assert not accepts(grammar, call.replace('{"city"', '{\n\n\n"city"'))
     assert SPACE == SCHEMA_SPACE
@@ -321,17 +319,17 @@ def test_formats_that_cannot_be_enforced_are_remarks(accepts: Callable[[Grammar,
         "items": [{}, {}],
     }
     tool = {"name": "open", "parameters": {"properties": {"path": {"type": "string", "format": "uri-reference"}}}}
-    grammar = tool_grammar([{"type": "function", "function": tool}], "required", TEMPLATES["mistral"])
+    grammar = tool_grammar([{"type": "function", "function": tool}], "required", TEMPLATES["mistral"], "", "")
     assert accepts(grammar, '{"name": "open", "arguments": {"path": "../a"}}')
 
 
 def test_a_call_has_the_parameters_that_are_listed(accepts: Callable[[Grammar, str], bool]) -> None:
-    now = tool_grammar(TOOLS, "now", TEMPLATES["mistral"])
+    now = tool_grammar(TOOLS, "now", TEMPLATES["mistral"], "", "")
     assert accepts(now, '{"name": "now", "arguments": {}}')
     assert not accepts(now, '{"name": "now", "arguments": {"more": 1}}')
     for parameters in ({}, {"type": "object"}, {"type": "object", "properties": {}}, {"required": []}):
         function = {"type": "function", "function": {"name": "now", "parameters": parameters}}
-        now = tool_grammar([function], "required", TEMPLATES["mistral"])
+        now = tool_grammar([function], "required", TEMPLATES["mistral"], "", "")
         assert accepts(now, '{"name": "now", "arguments": {}}')
         assert not accepts(now, '{"name": "now", "arguments": {"more": 1}}'), parameters
     for parameters in (
@@ -346,9 +344,10 @@ def test_a_call_has_the_parameters_that_are_listed(accepts: Callable[[Grammar, s
     ):
         function = {"type": "function", "function": {"name": "now", "parameters": parameters}}
         assert accepts(
-            tool_grammar([function], "required", TEMPLATES["mistral"]), '{"name": "now", "arguments": {"more": 1}}'
+            tool_grammar([function], "required", TEMPLATES["mistral"], "", ""),
+            '{"name": "now", "arguments": {"more": 1}}',
         ), parameters
-    look = tool_grammar(TOOLS, "get_weather", TEMPLATES["mistral"])
+    look = tool_grammar(TOOLS, "get_weather", TEMPLATES["mistral"], "", "")
     assert not accepts(look, '{"name": "get_weather", "arguments": {"city": "Paris", "more": 1}}')
 
 
@@ -389,7 +388,7 @@ def test_numbers_that_a_grammar_would_change_are_refused(schema: Any) -> None:
     assert caught.value.fields[0].field == "text.format"
     tool = {"name": "f", "parameters": {"properties": {"x": schema}}}
     with pytest.raises(GrammarError, match=r"^tools: "):
-        tool_grammar([{"type": "function", "function": tool}], "required")
+        tool_grammar([{"type": "function", "function": tool}], "required", "", "", "")
 
 
 def test_numbers_up_to_those_are_exact(accepts: Callable[[Grammar, str], bool]) -> None:

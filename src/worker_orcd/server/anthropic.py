@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 from worker_orcd.errors import WorkerError
 from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Run
-from worker_orcd.server.openai.blocks import Block, BlockAnswer, Event, chat_body
+from worker_orcd.server.openai.blocks import Block, BlockAnswer, Event, chat_body, response_format
 from worker_orcd.server.openai.bodies import (
     MAX_STOP_CHARS,
     MAX_STOPS,
@@ -95,14 +95,8 @@ class MessagesBody(Sampling, frozen=True, kw_only=True):
             parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use", False),
             continue_final_message=last["role"] == "assistant" and "tool_calls" not in last,
             chat_template_kwargs=kwargs,
-            response_format=self._format(),
+            response_format=response_format(self.output_config.get("format"), "output_config.format"),
         )
-
-    def _format(self) -> dict[str, Any]:
-        wish = self.output_config.get("format") or {"type": "text"}
-        if not isinstance(wish, dict):
-            refuse("output_config.format", "type", "must be an object")
-        return wish | {"json_schema": wish}
 
 
 def _choice(kind: Any, name: Any) -> Any:

@@ -33,6 +33,11 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
+    @property
+    def num_held(self) -> int:
+        """Characters that may become a stop string."""
+        return len(self._held)
+
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that may be shown now, "" after a stop string."""
         if self.matched is not None:

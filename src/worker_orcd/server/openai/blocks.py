@@ -9,7 +9,7 @@ from typing import Any, Literal
 from worker_orcd.engine.request import Tokens
 from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Answer, Run
-from worker_orcd.server.openai.bodies import ChatBody, Sampling
+from worker_orcd.server.openai.bodies import ChatBody, Sampling, refuse
 from worker_orcd.server.openai.chat import chat_choices
 from worker_orcd.server.openai.prepare import Preparer, digest, grammar_param
 from worker_orcd.server.openai.wire import event_frame
@@ -35,6 +35,14 @@ def chat_body(body: Sampling, messages: list[dict[str, Any]], **fields: Any) -> 
     """The same wish as a chat of one answer."""
     shared = {name: getattr(body, name) for name in Sampling.__struct_fields__}
     return ChatBody(**shared | {"n": 1, "messages": messages} | fields)
+
+
+def response_format(wish: Any, param: str) -> dict[str, Any]:
+    """That of a chat, for the format that a body wishes for in `param`."""
+    wish = wish or {"type": "text"}
+    if not isinstance(wish, dict):
+        refuse(param, "type", "must be an object")
+    return wish | {"json_schema": wish}
 
 
 class BlockAnswer(Answer):

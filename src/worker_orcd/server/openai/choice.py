@@ -11,7 +11,6 @@ from worker_orcd.errors import InvalidRequest
 from worker_orcd.server.generation import Run
 from worker_orcd.server.output import Content, OutputParser, Piece, Reasoning, ToolCall
 from worker_orcd.server.output.pieces import add
-from worker_orcd.tokenizer.stream import TextStream
 
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
@@ -20,15 +19,6 @@ LOWEST = -9999.0  # JSON has no infinity
 
 Scored = tuple[int, TokenLogprob]  # a token and what the model thought of it
 Placed = tuple[int, TokenLogprob | None, int]  # the same, and where in the text the token begins
-
-
-class AnswerText(TextStream):
-    """A text that tells how much of it is held back."""
-
-    @property
-    def num_held(self) -> int:
-        """Characters that may become a stop string."""
-        return len(self._held)
 
 
 class Choice:
@@ -81,7 +71,6 @@ class Choice:
         self._held.append((self._num_pushed, scored))
         self._num_released += len(released)
         text = self.run.text
-        assert isinstance(text, AnswerText)
         self._num_pushed = self._num_released + text.num_held
         if not text.num_held and text.matched is None:
             ready = len(self._held)

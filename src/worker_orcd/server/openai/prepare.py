@@ -15,13 +15,13 @@ from worker_orcd.errors import FieldError, InvalidRequest
 from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Run
 from worker_orcd.server.openai.bodies import DRY_BREAKERS, MAX_RUNS, ChatBody, Sampling, refuse
-from worker_orcd.server.openai.choice import AnswerText
 from worker_orcd.server.openai.grammars import after_reasoning, grammar_of
 from worker_orcd.server.openai.messages import check_tools, chosen_tool, template_messages
 from worker_orcd.server.output import OutputParser, parser_for, tool_grammar
 from worker_orcd.server.prepare import ChatTemplate
 from worker_orcd.server.schemas import MAX_UINT64, PRIORITIES
 from worker_orcd.tokenizer.base import encode_within
+from worker_orcd.tokenizer.stream import TextStream
 
 if TYPE_CHECKING:
     from worker_orcd.tokenizer.base import Tokenizer
@@ -133,9 +133,7 @@ class Preparer:
             refuse(param, "length", "gives no tokens; write at least one character")
         if len(ids) > self._max_prompt_tokens:
             raise self._too_long(param, len(ids))
-        if not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
-            refuse(param, "range", f"holds a token id outside 0 to {self.info.vocab_size - 1}")
-        return ids
+        return self._check_ids(ids, param)
 
     def _too_long(self, param: str, num_tokens: int | None) -> InvalidRequest:
         """`num_tokens` is None when nobody counted to the end."""
@@ -175,7 +173,7 @@ class Preparer:
             )
             spelling = _Spelled(self.tokenizer) if wish.shows_special else self.tokenizer
             leader = runs[i - i % body.n] if i % body.n else None
-            runs.append(Run(request, AnswerText(spelling, body.stops), leader, i))
+            runs.append(Run(request, TextStream(spelling, body.stops), leader, i))
         return runs
 
     def _num_tokens(self, body: Sampling, wish: Wish) -> int:

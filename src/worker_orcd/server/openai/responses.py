@@ -11,7 +11,7 @@ from msgspec import Meta, field
 from worker_orcd.errors import WorkerError
 from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Run
-from worker_orcd.server.openai.blocks import Block, BlockAnswer, Event, chat_body
+from worker_orcd.server.openai.blocks import Block, BlockAnswer, Event, chat_body, response_format
 from worker_orcd.server.openai.bodies import (
     ONE_ANSWER,
     ChatBody,
@@ -75,14 +75,8 @@ class ResponseBody(Sampling, frozen=True, kw_only=True):
             parallel_tool_calls=self.parallel_tool_calls,
             reasoning_effort=effort,
             max_completion_tokens=self.max_output_tokens,
-            response_format=self._format(),
+            response_format=response_format(self.text.get("format"), "text.format"),
         )
-
-    def _format(self) -> dict[str, Any]:
-        wish = self.text.get("format") or {"type": "text"}
-        if not isinstance(wish, dict):
-            refuse("text.format", "type", "must be an object")
-        return wish | {"json_schema": wish}
 
 
 def _tool(tool: dict[str, Any], param: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 from worker_orcd.engine.request import Grammar
-from worker_orcd.errors import FieldError, InvalidRequest
 from worker_orcd.server.output.harmony import CHANNEL, MESSAGE, HarmonyParser
 from worker_orcd.server.output.json_schema import adapted, inlined, of_function
 from worker_orcd.server.output.pieces import OutputParser, PlainParser
@@ -43,29 +42,20 @@ def parser_for(
 
 
 def tool_grammar(
-    tools: list[dict[str, Any]],
-    choice: str | dict[str, Any],
-    chat_template_text: str | None = None,
-    architecture: str = "",
-    prompt: str = "",
+    tools: list[dict[str, Any]], choice: str, chat_template_text: str, architecture: str, prompt: str
 ) -> Grammar:
     """What an answer must be to call a tool in the way of this template's model; it may reason first.
 
-    `choice` is OpenAI's `tool_choice`: "required", or one function, as an object or by name. Raises InvalidRequest
-    when there is no such function, and GrammarError for parameters that cannot be enforced.
+    `choice` is "required" or names one of `tools`. Raises GrammarError for parameters that cannot be enforced.
     """
     functions = _functions(tools)
     if choice != "required":
-        name = choice["function"]["name"] if isinstance(choice, dict) else choice
-        if name not in functions:
-            message = "tool_choice names a function that is not among the tools"
-            raise InvalidRequest(message, [FieldError("tool_choice", "unknown", message)])
-        functions = {name: functions[name]}
+        functions = {choice: functions[choice]}
     calls = {name: inlined(adapted(parameters, "tools")) for name, parameters in functions.items()}
     if _is_harmony(chat_template_text, architecture):
         return _lark(_HARMONY_START, _HARMONY_REASONING, [_harmony_call(*call) for call in calls.items()])
     tags = _tags(chat_template_text)
-    key = "parameters" if tags.is_bare and '"parameters"' in (chat_template_text or "") else "arguments"
+    key = "parameters" if tags.is_bare and '"parameters"' in chat_template_text else "arguments"
     start = "call" if tags.is_bare or choice != "required" else 'call ("\\n" call)*'
     if tags.has_think:
         start = (
