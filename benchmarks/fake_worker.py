@@ -45,7 +45,6 @@ class ByteTokenizer:
     bos_id = None
     eos_id = 256
     eog_ids = frozenset({256})
-    max_context = None
     unsampleable: Sequence[int] = ()
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:  # noqa: ARG002

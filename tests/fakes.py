@@ -38,7 +38,6 @@ class ByteTokenizer:
     bos_id = None
     eos_id = EOS
     eog_ids = frozenset({EOS})
-    max_context = None
     unsampleable: Sequence[int] = ()
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:  # noqa: ARG002

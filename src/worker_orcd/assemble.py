@@ -270,11 +270,8 @@ def _inspector(runtime: Runtime) -> Callable[[], str]:
 
 def _adapter(spec: ModelSpec) -> Callable[[ModelSpec, Weights, Backend, int], ModelAdapter]:
     from worker_orcd.models.gpt2 import GPTInferenceAdapter
-    from worker_orcd.models.gpt_oss import GptOssInferenceAdapter
     from worker_orcd.models.llama import LlamaInferenceAdapter
 
-    if spec.family.adapter == "gpt-oss":
-        return GptOssInferenceAdapter
     return GPTInferenceAdapter if spec.family.adapter == "gpt" else LlamaInferenceAdapter
 
 

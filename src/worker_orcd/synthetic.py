@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from worker_orcd.errors import InvalidRequest
 from worker_orcd.gguf.types import FILE_TYPES, GgmlType
 from worker_orcd.gguf.writer import Tensor, write_gguf, write_sparse
+from worker_orcd.tokenizer.spelling import BYTE_OF_LETTER
 
 G = GgmlType
 POOL_BLOCKS = 2**15  # random blocks drawn for a tensor; a longer one repeats them, turned by a prime each time
@@ -278,9 +279,7 @@ def _metadata(name: str, s: Shape, quant: str) -> dict[str, Any]:
 
 def _byte_vocabulary(vocab: int) -> dict[str, Any]:
     """A byte-level BPE: each byte is a token, the rest are names without a use."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    shifted = iter(range(256, 512))
-    letters = [chr(b if b in printable else next(shifted)) for b in range(256)]
+    letters = sorted(BYTE_OF_LETTER, key=BYTE_OF_LETTER.__getitem__)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",

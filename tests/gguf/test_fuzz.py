@@ -41,7 +41,7 @@ def opens(path: Path, content: bytes) -> bool:
             elif isinstance(value, np.ndarray):
                 value.sum()
         for name, info in model.tensors.items():
-            assert model.tensor_bytes(name).nbytes == info.nbytes
+            assert model.read(name).nbytes == info.nbytes
     return True
 
 

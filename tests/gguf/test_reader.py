@@ -27,7 +27,7 @@ def test_reads_header_metadata_and_tensors(tmp_path: Path) -> None:
         info = model.tensors["token_embd.weight"]
         assert (info.shape, info.type, info.nbytes, info.split) == ((2, 32), GgmlType.Q4_0, 36, 0)
         assert model.tensors["output.weight"].shape == (2, 2, 3)
-        assert model.tensor_bytes("norm.weight").view(np.float32).tolist() == [1, 2, 3, 4]
+        assert model.read("norm.weight").cast("f").tolist() == [1, 2, 3, 4]
         assert bytes(model.read("token_embd.weight")) == bytes(range(36))
 
 
@@ -135,14 +135,14 @@ def test_reading_after_the_file_shrank_is_an_error(tmp_path: Path) -> None:
             os.truncate(model.path, end)
             for name in model.tensors:
                 with pytest.raises(ModelLoadFailed, match=f"tensor '{name}' at byte \\d+: the file"):
-                    model.tensor_bytes(name)
+                    model.read(name)
 
 
 def test_reading_after_the_file_was_overwritten_is_an_error(tmp_path: Path) -> None:
     with make.opened(tmp_path, make.small_model()) as model:
         os.utime(model.path, ns=(1, 1))
         with pytest.raises(GgufError, match="changed since it was opened"):
-            model.tensor_bytes("norm.weight")
+            model.read("norm.weight")
 
 
 def test_a_file_put_in_its_place_or_unlinked_changes_nothing(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_close_ends_reads_but_keeps_metadata(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     assert model.require("tokenizer.ggml.tokens", "strings")[3] == "▁c"
     with pytest.raises(GgufError, match="cannot be read"):
-        model.tensor_bytes("norm.weight")
+        model.read("norm.weight")
 
 
 def test_a_refused_file_is_closed(tmp_path: Path) -> None:

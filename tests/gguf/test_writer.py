@@ -98,7 +98,7 @@ def agree(path: Path) -> None:
             info = ours.tensors[tensor.name]
             assert (info.type, info.offset, info.nbytes) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
             assert list(reversed(info.shape)) == tensor.shape.tolist()
-            assert ours.tensor_bytes(tensor.name).tobytes() == tensor.data.tobytes()
+            assert ours.read(tensor.name).tobytes() == tensor.data.tobytes()
 
 
 def same_value(ours: object, field: Any) -> None:

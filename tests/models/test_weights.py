@@ -68,7 +68,7 @@ def test_what_goes_through_the_ring_is_what_the_file_holds(gguf: GgufFile, chunk
     for info, raw in read_ahead(gguf, lane, chunk_bytes, counts.append):
         found += 1
         assert lane.num_arrived == found
-        assert raw.numpy().tobytes() == gguf.tensor_bytes(info.name).tobytes(), info.name
+        assert raw.numpy().tobytes() == gguf.read(info.name).tobytes(), info.name
     assert found == len(gguf.tensors)
     assert sum(counts) == sum(info.nbytes for info in gguf.tensors.values())
     assert len(counts) == lane.num_copies > len(lane.buffers) or chunk_bytes > CHUNK

@@ -149,12 +149,10 @@ def test_phi3_special_tokens_own_the_white_space_after_them(tmp_path: Path) -> N
     assert _texts(tokenizer, ids) == ["<|u|>", "▁ab", "<|endoftext|>", "▁", "▁a"]
 
 
-def test_context_length_and_kinds(tmp_path: Path) -> None:
-    metadata = bpe_metadata({}) | {"llama.context_length": 77}
-    tokenizer = load_tokenizer(written(tmp_path, metadata))
-    assert (tokenizer.max_context, tokenizer.kind, tokenizer.model) == (77, "gguf-bpe", "bpe")
+def test_kinds(tmp_path: Path) -> None:
+    tokenizer = _bpe(tmp_path, {})
+    assert (tokenizer.kind, tokenizer.model) == ("gguf-bpe", "bpe")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (None, None, 98)
-    assert _bpe(tmp_path, {}).max_context is None
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,6 @@ class Part:
     slices: Tensor  # f32 [slices, T, N]
     bias: Tensor | None  # f32 [N]
 
-    @property
-    def width(self) -> int:
-        return self.slices.shape[2]
-
 
 Sums = tuple[Part, ...]  # side by side
 

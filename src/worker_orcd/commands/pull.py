@@ -76,11 +76,10 @@ def choose(files: Sequence[RemoteFile], what: str | None, repo: str) -> list[Rem
     models = [file for file in files if file.name.lower().endswith(".gguf") and _is_safe(file.name)]
     if what and what.lower().endswith(".gguf"):
         named = [file for file in models if what in (file.name, PurePosixPath(file.name).name)]
-        whole = {PART.sub("", file.name) for file in named}
     else:
         word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(what or '')}(?![A-Za-z0-9_])", re.IGNORECASE)
         named = [file for file in models if what and word.search(file.name) and "mmproj" not in file.name.lower()]
-        whole = {PART.sub("", file.name) for file in named}
+    whole = {PART.sub("", file.name) for file in named}
     if len(whole) != 1:
         there = ", ".join(sorted({PART.sub("", file.name) for file in named or models})) or "no GGUF file"
         found = "names no file" if not named else "names several files"

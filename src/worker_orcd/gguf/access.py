@@ -52,7 +52,7 @@ class TypedAccess:
     def require(self, key: str, kind: Any, *, min: Bound = None, max: Bound = None) -> object:
         """The value of a key that must be there."""
         if key not in self.metadata:
-            raise GgufError(self.path, shown(key), None, f"is missing, {_kind_name(kind)} is required")
+            raise GgufError(self.path, shown(key), None, f"is missing, {_KIND_NAMES[kind]} is required")
         return self._checked(key, kind, min, max)
 
     @overload
@@ -73,7 +73,7 @@ class TypedAccess:
         value = self.metadata[key]
         typed = _as_kind(value, kind)
         if typed is None:
-            raise self.error(key, f"holds {_describe(value)}, {_kind_name(kind)} is required")
+            raise self.error(key, f"holds {_describe(value)}, {_KIND_NAMES[kind]} is required")
         problem = _out_of_range(typed, low, high)
         if problem is not None:
             raise self.error(key, problem)
@@ -115,7 +115,3 @@ def _describe(value: Value) -> str:
     if isinstance(value, np.ndarray):
         return f"{len(value)} numbers of type {value.dtype}"
     return "a string" if isinstance(value, str) else f"the {type(value).__name__} {value}"
-
-
-def _kind_name(kind: Kind) -> str:
-    return _KIND_NAMES[kind]

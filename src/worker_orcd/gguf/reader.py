@@ -135,7 +135,9 @@ class GgufFile(TypedAccess):
         Returns the bytes read: the front of `out`, or a new buffer. Raises GgufError when there is no such
         tensor, or the file was shortened or changed since it was opened.
         """
-        info = self._info(name)
+        info = self.tensors.get(name)
+        if info is None:
+            raise GgufError(self.path, f"tensor {shown(name)}", None, "is not in the file")
         length = info.nbytes - start if length is None else length
         assert 0 <= start <= start + length <= info.nbytes, f"bytes {start}+{length} of {info.nbytes}"
         whole = target = np.empty(length, np.uint8).data if out is None else out.cast("B")[:length]
@@ -148,18 +150,6 @@ class GgufFile(TypedAccess):
                 source.read_into(f"tensor {shown(part.name)}", part.offset + skipped, target[:count])
             start, length, target = start - skipped, length - count, target[count:]
         return whole
-
-    def tensor_bytes(self, name: str) -> NDArray[np.uint8]:
-        """All bytes of a tensor as stored, uint8 [nbytes]. Raises as `read`."""
-        data = np.empty(self._info(name).nbytes, np.uint8)
-        self.read(name, data.data)
-        return data
-
-    def _info(self, name: str) -> TensorInfo:
-        info = self.tensors.get(name)
-        if info is None:
-            raise GgufError(self.path, f"tensor {shown(name)}", None, "is not in the file")
-        return info
 
 
 def _open_source(path: Path, on_failure: ExitStack) -> Source:

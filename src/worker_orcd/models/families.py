@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # `plan` reads a spec and must not wait for torch
 class Family:
     """What a file says itself (fused or split matrices, tied or separate head, biases) is read off its tensors."""
 
-    adapter: Literal["llama", "gpt", "gpt-oss"] = "llama"
+    adapter: Literal["llama", "gpt"] = "llama"
     rope_style: RopeStyle = "half"  # interleaved only where the converter permuted q and k for it
     activation: Activation = "silu"
     is_gated: bool = True  # the MLP has a gate
@@ -42,8 +42,7 @@ GPT = Family(
     is_gated=False,
     biases=frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
 )
-GPT_OSS = Family(
-    adapter="gpt-oss",
+GPT_OSS = Family(  # arXiv:2508.10925
     activation="clamped",
     ffn_norm="post_attention_norm",
     biases=frozenset({"attn_qkv", "attn_output", "ffn_gate_inp", "ffn_up_exps", "ffn_down_exps"}),

@@ -26,7 +26,6 @@ class Tokenizer(Protocol):
     vocab_size     rows of the vocabulary, padding rows included
     bos_id, eos_id None when the model has none
     eog_ids        every id that ends generation, eos_id among them
-    max_context    trained context length in tokens, None when the file does not say
     unsampleable   ids that must never be sampled: unused tokens and padding rows
     """
 
@@ -42,8 +41,6 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int | None: ...
     @property
     def eog_ids(self) -> frozenset[int]: ...
-    @property
-    def max_context(self) -> int | None: ...
     @property
     def unsampleable(self) -> Sequence[int]: ...
 
@@ -68,7 +65,6 @@ class VocabularyTokenizer(ABC):
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.eog_ids = vocabulary.eog_ids
-        self.max_context = vocabulary.max_context
         self.unsampleable: Sequence[int] = vocabulary.unsampleable
         self._silent = vocabulary.control | frozenset(vocabulary.unsampleable)
         self._verbatim = frozenset(vocabulary.of_type(TokenType.USER_DEFINED))
@@ -110,7 +106,8 @@ class VocabularyTokenizer(ABC):
         """Bytes a generated token adds to the text: none for control, unused and padding tokens."""
         known = self._bytes.get(token_id)
         if known is None:
-            self._check(token_id)
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequest(f"token id {token_id} is not in the vocabulary of {self.vocab_size} tokens")
             known = self._bytes[token_id] = self._spelled_bytes(token_id)
         return known
 
@@ -121,10 +118,6 @@ class VocabularyTokenizer(ABC):
         if token_id in self._verbatim:
             return text.encode()
         return bytes_of_letters(text) if self.model == "bpe" else bytes_of_piece(text)
-
-    def _check(self, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
-            raise InvalidRequest(f"token id {token_id} is not in the vocabulary of {self.vocab_size} tokens")
 
     def is_control(self, token_id: int) -> bool:
         """True for tokens with a meaning instead of a text: BOS, `<|im_end|>`, …"""

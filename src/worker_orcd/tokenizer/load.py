@@ -25,10 +25,6 @@ def load_tokenizer(gguf: TypedAccess, tokenizer_json: Path | None = None) -> Voc
     path = tokenizer_json or (beside if beside.is_file() else None)
     if path is not None:
         return HfJsonTokenizer(gguf, path)
-    return _from_gguf(gguf)
-
-
-def _from_gguf(gguf: TypedAccess) -> VocabularyTokenizer:
     model = gguf.require("tokenizer.ggml.model", str)
     match model:
         case "gpt2":

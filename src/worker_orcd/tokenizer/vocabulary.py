@@ -61,7 +61,6 @@ class Vocabulary:
     unsampleable: Sequence[int]
     add_bos: bool
     add_eos: bool
-    max_context: int | None
 
     def of_type(self, *types: TokenType) -> list[int]:
         """Ids of all tokens of these types, ascending."""
@@ -94,7 +93,6 @@ def read_vocabulary(gguf: TypedAccess, add_bos: bool) -> Vocabulary:
         unsampleable=tuple(sorted(padding | unused | set(suppressed.tolist()))),
         add_bos=gguf.get("tokenizer.ggml.add_bos_token", bool, add_bos),
         add_eos=gguf.get("tokenizer.ggml.add_eos_token", bool, False),
-        max_context=_max_context(gguf),
     )
 
 
@@ -159,8 +157,3 @@ def _padding(tokens: list[str], types: NDArray[Any]) -> Iterator[int]:
     for i in np.flatnonzero((types != TokenType.NORMAL) & (types != TokenType.BYTE)):
         if tokens[i] == f"[PAD{i}]":
             yield int(i)
-
-
-def _max_context(gguf: TypedAccess) -> int | None:
-    architecture = gguf.get("general.architecture", str, None)
-    return gguf.get(f"{architecture}.context_length", int, None, min=1) if architecture else None
