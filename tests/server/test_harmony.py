@@ -58,7 +58,7 @@ def theirs(oracle: openai_harmony.HarmonyEncoding, ids: list[int]) -> Read:
 
 
 def ours(tokenizer: VocabularyTokenizer, ids: list[int]) -> Read:
-    parser, text = HarmonyParser(has_tools=True, new_id=lambda: "id"), tokenizer.decode(ids, skip_special=False)
+    parser, text = HarmonyParser(True, lambda: "id", ""), tokenizer.decode(ids, skip_special=False)
     pieces = [piece for letter in text for piece in parser.feed(letter)]
     found: Read = []
     for piece in [*pieces, *parser.finish()]:

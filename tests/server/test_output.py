@@ -195,7 +195,7 @@ def test_special_tokens_are_shown_where_they_carry_the_structure() -> None:
     needy = {style for style in TEMPLATES if parser(style).needs_special}
     assert needy == {"qwen3", "qwen2.5", "mistral", "llama", "phi4", "harmony"}
     assert {style for style in TEMPLATES if parser(style, tools=None).needs_special} == {"harmony"}
-    assert parser_for(None, "gpt-oss", None).needs_special
+    assert parser_for("", "gpt-oss", None, "").needs_special
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,7 @@ def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _described(tools: Any) -> Any:
     """OpenAI's tools, each function with a description."""
-    return [
-        tool | {"function": {"description": ""} | tool["function"]} if "function" in tool else tool for tool in tools
-    ]
+    return [tool | {"function": {"description": ""} | tool["function"]} for tool in tools]
 
 
 def _strftime_now(pattern: str) -> str:

@@ -58,7 +58,7 @@ class Preparer:
         self, engine: InferenceEngine, tokenizer: Tokenizer, template: ChatTemplate | None, config: WorkerConfig
     ) -> None:
         self.info, self.tokenizer = engine.info, tokenizer
-        self._template = template
+        self._template, self._source = template, template.source if template else ""
         self._max_tokens = config.max_tokens_out
         self._timeout_s = config.inference_timeout_sec
         longest = engine.info.context_length - 1  # room for one answer token
@@ -94,7 +94,7 @@ class Preparer:
             extras.setdefault("reasoning_effort", body.reasoning_effort)
         if body.reasoning_effort == "none":
             extras.setdefault("enable_thinking", False)  # the switch of templates that know no efforts
-        messages = template_messages(body.messages, "developer" in self._template.source)
+        messages = template_messages(body.messages, "developer" in self._source)
         if not body.continue_final_message:
             return self._template.render(messages, body.add_generation_prompt is not False, **extras)
         if body.add_generation_prompt:
@@ -110,8 +110,7 @@ class Preparer:
         return text
 
     def parser(self, chat: Chat) -> OutputParser:
-        source = self._template.source if self._template else None
-        return parser_for(source, self.info.architecture, chat.tools, chat.prompt)
+        return parser_for(self._source, self.info.architecture, chat.tools, chat.prompt)
 
     def tokenized(self, text: str, param: str, add_special: bool = True) -> list[int]:
         """Token ids of a text that is counted, not answered: it may be longer than a prompt."""
@@ -222,11 +221,10 @@ class Preparer:
 
     def chat_grammar(self, body: ChatBody, chat: Chat, param: str) -> Grammar | None:
         """What the answer must be, if it is told: a call first of all; `param` as for `grammar_of`."""
-        source = self._template.source if self._template else ""
         if chat.tools and chat.choice != "auto":
-            return tool_grammar(chat.tools, chat.choice, source, self.info.architecture, chat.prompt)
+            return tool_grammar(chat.tools, chat.choice, self._source, self.info.architecture, chat.prompt)
         grammar = grammar_of(body, param)
-        return grammar and after_reasoning(grammar, source, chat.prompt)
+        return grammar and after_reasoning(grammar, self._source, chat.prompt)
 
 
 def grammar_param(body: Sampling, usual: str, chat: Chat | None = None) -> str:

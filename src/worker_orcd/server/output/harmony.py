@@ -35,7 +35,7 @@ class HarmonyParser:
 
     needs_special = True
 
-    def __init__(self, has_tools: bool, new_id: Callable[[], str], prompt: str = "") -> None:
+    def __init__(self, has_tools: bool, new_id: Callable[[], str], prompt: str) -> None:
         """`prompt`: what the answer continues, a message begun in it included."""
         self._has_tools = has_tools
         self._new_id = new_id

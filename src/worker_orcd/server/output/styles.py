@@ -29,7 +29,7 @@ _HARMONY_START: Final = '(<|channel|> "analysis" <|message|> reasoning <|end|> <
 
 
 def parser_for(
-    chat_template_text: str | None, architecture: str, tools: list[dict[str, Any]] | None, prompt: str = ""
+    chat_template_text: str, architecture: str, tools: list[dict[str, Any]] | None, prompt: str
 ) -> OutputParser:
     """The parser of one answer to the rendered `prompt`, whose end may open the answer; `tools` are OpenAI's."""
     if _is_harmony(chat_template_text, architecture):
@@ -69,13 +69,12 @@ def new_call_id() -> str:
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(9))
 
 
-def _is_harmony(template: str | None, architecture: str) -> bool:
+def _is_harmony(template: str, architecture: str) -> bool:
     return CHANNEL in template and MESSAGE in template if template else architecture == "gpt-oss"
 
 
-def _tags(template: str | None) -> Tags:
-    text = template or ""
-    return replace(next(tags for tags in _CALLS if tags.call_open in text), has_think=END_THINK in text)
+def _tags(template: str) -> Tags:
+    return replace(next(tags for tags in _CALLS if tags.call_open in template), has_think=END_THINK in template)
 
 
 def _is_thinking(tags: Tags, prompt: str) -> bool:
@@ -84,7 +83,7 @@ def _is_thinking(tags: Tags, prompt: str) -> bool:
 
 def _functions(tools: list[dict[str, Any]] | None) -> dict[str, Any]:
     """Parameters by name."""
-    functions = [tool.get("function", tool) for tool in tools or []]
+    functions = [tool["function"] for tool in tools or []]
     return {function["name"]: of_function(function.get("parameters")) for function in functions}
 
 
