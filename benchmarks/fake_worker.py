@@ -75,7 +75,7 @@ def run_fake_worker(config: WorkerConfig, options: FakeOptions, send_buffer: int
             narrator.narrate("model_load_start", "loading nothing", action="load", bytes_total=0)
             link.configure(msgspec.json.encode(options))
             facts = link.wait_until_ready(lambda *_: None)
-            metrics = PrometheusMetrics(config.worker_id, "none", facts.num_blocks, 0)
+            metrics = PrometheusMetrics(config.worker_id, "none")
             engine = EngineClient(link, facts, config.max_queue, metrics)
             app = create_app(engine, ByteTokenizer(), None, config, narrator, metrics)
             sys.setswitchinterval(SWITCH_S)

@@ -110,6 +110,7 @@ class ScriptedEngine:
     failure: WorkerError | None = None
     cached_tokens: int = 0
     context_length: int = 4096
+    memory: dict[str, int] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     freed: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -172,6 +173,7 @@ class ScriptedEngine:
             blocks_used=num_running,
             blocks_cached=8,
             retry_after_s=2,
+            memory=self.memory,
         )
 
     async def watch(self) -> WorkerError:

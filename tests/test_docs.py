@@ -20,7 +20,7 @@ from worker_orcd import errors
 from worker_orcd.assemble import STEP_TOKENS
 from worker_orcd.config import WorkerConfig
 from worker_orcd.engine.metrics import PrometheusMetrics
-from worker_orcd.engine.request import SAMPLER_ORDER
+from worker_orcd.engine.request import SAMPLER_ORDER, EngineStatus
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "deploy").iterdir())]
@@ -30,7 +30,8 @@ ROW = re.compile(r"^\| (`worker_[^|]*) \| (\w+) \|", re.MULTILINE)
 
 def exported() -> dict[str, str]:
     """Name on the page, as a query would use it, to type."""
-    page = PrometheusMetrics("w", "F32", 8, 0, {"weights": 1}).render().decode()
+    status = EngineStatus(True, True, "", True, 0, 0, 0, 8, 0, 0, 1, {"weights": 1})
+    page = PrometheusMetrics("w", "F32").render(status).decode()
     suffix = {"counter": "_total"}
     kinds = {family.name: family.type for family in text_string_to_metric_families(page)}
     return {n + ("" if n == "worker_uptime_seconds" else suffix.get(kind, "")): kind for n, kind in kinds.items()}

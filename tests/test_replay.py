@@ -45,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
 @pytest.fixture(scope="module")
 def receipts(config: WorkerConfig) -> dict[str, dict[str, Any]]:
     """Of all cases, which ran at once."""
-    log, metrics = Capture(), PrometheusMetrics("w", "F32", 64, 0)
+    log, metrics = Capture(), PrometheusMetrics("w", "F32")
     small = replace(config, context_length=256)
     engine = BatchEngine(*load_core(small, draw_up(small)), 16, metrics)
     tokenizer = load_texts(config, draw_up(config)).tokenizer

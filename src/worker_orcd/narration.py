@@ -12,7 +12,6 @@ import contextlib
 import os
 import queue
 import re
-import sys
 import threading
 import unicodedata
 from collections.abc import Mapping
@@ -72,11 +71,11 @@ class Narrator:
         worker_id: str,
         model_ref: str,
         gpu_device: int | None,
-        sink: Sink | None = None,
+        sink: Sink,
         level: Level = "info",
     ) -> None:
         self._identity = {"worker_id": worker_id, "model_ref": model_ref, "gpu_device": gpu_device}
-        self._sink: Sink = sys.stderr if sink is None else sink
+        self._sink = sink
         self._least = LEVELS.index(level)
         self.num_dropped = 0
 

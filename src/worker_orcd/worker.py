@@ -65,9 +65,7 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
                 _warn(narrator, "start", warning)
         blueprint.gguf.close()
         facts = _load_model(config, blueprint, texts, link, narrator)
-        metrics = PrometheusMetrics(
-            config.worker_id, facts.info.quant_kind, facts.num_blocks, facts.vram_bytes, facts.memory
-        )
+        metrics = PrometheusMetrics(config.worker_id, facts.info.quant_kind)
         engine = EngineClient(link, facts, config.max_queue, metrics)
         engine.on_inspected = partial(_tell_of_memory, narrator)
         engine.on_warned = partial(_warn, narrator, "step")

@@ -27,17 +27,21 @@ CONTRACT = {
 
 @pytest.fixture
 def metrics() -> PrometheusMetrics:
-    return PrometheusMetrics("w-1", "Q4_K_M", blocks_total=100, vram_bytes=5000)
+    return PrometheusMetrics("w-1", "Q4_K_M")
 
 
-def families(metrics: PrometheusMetrics, status: EngineStatus | None = None) -> dict[str, Metric]:
-    found = list(text_string_to_metric_families(metrics.render(status).decode()))
+def status(running: int = 0, used: int = 0, cached: int = 0) -> EngineStatus:
+    return EngineStatus(True, True, "", True, 7000, running, 2, 200, used, cached, 1, {"weights": 6000})
+
+
+def families(metrics: PrometheusMetrics, now: EngineStatus | None = None) -> dict[str, Metric]:
+    found = list(text_string_to_metric_families(metrics.render(now or status()).decode()))
     assert len({family.name for family in found}) == len(found)
     return {family.name: family for family in found}
 
 
-def value(metrics: PrometheusMetrics, name: str, status: EngineStatus | None = None, **labels: str) -> float:
-    samples = [sample for family in families(metrics, status).values() for sample in family.samples]
+def value(metrics: PrometheusMetrics, name: str, now: EngineStatus | None = None, **labels: str) -> float:
+    samples = [sample for family in families(metrics, now).values() for sample in family.samples]
     [found] = [s.value for s in samples if s.name == name and labels.items() <= s.labels.items()]
     return found
 
@@ -45,10 +49,6 @@ def value(metrics: PrometheusMetrics, name: str, status: EngineStatus | None = N
 def step(**given: float) -> StepStats:
     names = StepStats.__struct_fields__
     return StepStats(**(dict.fromkeys(names, 0) | given))  # type: ignore[arg-type]
-
-
-def status(running: int = 0, used: int = 0, cached: int = 0) -> EngineStatus:
-    return EngineStatus(True, True, "", True, 7000, running, 2, 200, used, cached, 1)
 
 
 def use_everything(hook: MetricsHook) -> None:
@@ -73,7 +73,7 @@ def test_names_types_and_labels_of_the_contract(metrics: PrometheusMetrics) -> N
 
 def test_every_family_is_named_and_explained(metrics: PrometheusMetrics) -> None:
     use_everything(metrics)
-    allowed = {"worker_id", "quant_kind", "outcome", "code", "state", "le"}
+    allowed = {"worker_id", "quant_kind", "outcome", "code", "state", "le", "purpose"}
     for family in families(metrics).values():
         assert re.fullmatch(r"worker_[a-z_]+", family.name)
         assert family.documentation.endswith(".")
@@ -84,7 +84,7 @@ def test_every_family_is_named_and_explained(metrics: PrometheusMetrics) -> None
 
 def test_nothing_is_shared(metrics: PrometheusMetrics) -> None:
     use_everything(metrics)
-    other = PrometheusMetrics("w-2", "Q4_0", 1, 1)
+    other = PrometheusMetrics("w-2", "Q4_0")
     assert value(other, "worker_tokens_generated_total") == 0
     assert value(metrics, "worker_tokens_generated_total") == 2
     assert not any(family.name.startswith("worker_") for family in REGISTRY.collect())
@@ -140,14 +140,12 @@ def test_requests_and_refusals(metrics: PrometheusMetrics) -> None:
     assert value(metrics, "worker_cancellation_latency_ms_sum") == 12
 
 
-def test_steps_add_up_and_the_last_one_is_the_state(metrics: PrometheusMetrics) -> None:
+def test_steps_add_up(metrics: PrometheusMetrics) -> None:
     metrics.record_step(
         step(num_sequences=3, num_rows=20, step_ms=4.0, num_preempted=1, num_evicted=2, prompt_tokens=9)
     )
-    metrics.record_step(
-        step(num_sequences=5, num_rows=5, step_ms=2.0, prompt_tokens=6, cached_tokens=4, num_running=5, num_waiting=1)
-    )
-    metrics.record_step(step(num_sequences=5, num_rows=5, num_running=5, blocks_used=30, blocks_cached=20))
+    metrics.record_step(step(num_sequences=5, num_rows=5, step_ms=2.0, prompt_tokens=6, cached_tokens=4))
+    metrics.record_step(step(num_sequences=5, num_rows=5))
     expected = {
         "computed_tokens_total": 30,
         "preemptions_total": 1,
@@ -157,27 +155,21 @@ def test_steps_add_up_and_the_last_one_is_the_state(metrics: PrometheusMetrics) 
         "step_duration_ms_sum": 6,
         "batch_size_count": 3,
         "batch_size_sum": 13,
-        "running_requests": 5,
-        "waiting_requests": 0,
-        "kv_capacity_blocks": 100,
     }
     assert {name: value(metrics, f"worker_{name}") for name in expected} == expected
-    blocks = {s: value(metrics, "worker_kv_blocks", state=s) for s in ("used", "cached", "free")}
-    assert blocks == {"used": 30, "cached": 20, "free": 50}
 
 
-def test_a_status_is_newer_than_the_last_step(metrics: PrometheusMetrics) -> None:
-    assert value(metrics, "worker_vram_bytes") == 5000
+def test_gauges_are_of_the_status(metrics: PrometheusMetrics) -> None:
     metrics.record_step(step(num_running=5, blocks_used=30))
     now = status(running=1, used=3, cached=4)
-    assert value(metrics, "worker_running_requests", now) == 1
-    assert value(metrics, "worker_vram_bytes", now) == 7000
-    assert value(metrics, "worker_kv_blocks", now, state="free") == 193
-    metrics.record_step(step(num_running=6))
-    assert value(metrics, "worker_running_requests") == 6
+    names = ("running_requests", "waiting_requests", "vram_bytes", "kv_capacity_blocks")
+    assert [value(metrics, f"worker_{name}", now) for name in names] == [1, 2, 7000, 200]
+    blocks = {s: value(metrics, "worker_kv_blocks", now, state=s) for s in ("used", "cached", "free")}
+    assert blocks == {"used": 3, "cached": 4, "free": 193}
+    assert value(metrics, "worker_memory_bytes", now, purpose="weights") == 6000
 
 
 def test_uptime_grows(metrics: PrometheusMetrics) -> None:
-    assert b"\nworker_uptime_seconds{" in metrics.render()
+    assert b"\nworker_uptime_seconds{" in metrics.render(status())
     first = value(metrics, "worker_uptime_seconds_total")  # the parser's spelling of any counter
     assert 0 <= first < value(metrics, "worker_uptime_seconds_total")

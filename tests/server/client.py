@@ -207,7 +207,7 @@ def make_rig(engine: ScriptedEngine | None = None, template: ChatTemplate | None
     log = Capture()
     config = WorkerConfig(worker_id="worker-test", **options)
     narrator = Narrator(config.worker_id, "scripted", None, sink=log, level="debug")
-    metrics = PrometheusMetrics(config.worker_id, engine.info.quant_kind, blocks_total=64, vram_bytes=1 << 20)
+    metrics = PrometheusMetrics(config.worker_id, engine.info.quant_kind)
     return Rig(engine, create_app(engine, ByteTokenizer(), template, config, narrator, metrics), log, metrics)
 
 

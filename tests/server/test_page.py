@@ -172,7 +172,7 @@ def test_a_value_out_of_range_is_not_sent(page: Page, server: Live) -> None:
 
 
 def test_the_live_view_shows_what_metrics_say(page: Page, server: Live) -> None:
-    server.rig.metrics._memory_bytes = {"kv_cache": 10**9, "weights": 3 * 10**9}
+    server.rig.engine.memory = {"kv_cache": 10**9, "weights": 3 * 10**9}
     ask(page, "forever")
     page.wait("document.getElementById('running').textContent === '1'")
     page.wait("parseFloat(document.getElementById('speed').textContent) > 5")

@@ -221,8 +221,8 @@ from worker_orcd.server.run import bind, serve
 
 engine, listener = ScriptedEngine(by_prompt, max_running=1), bind("127.0.0.1", 0)
 config = WorkerConfig(worker_id="child", shutdown_timeout_sec=float(sys.argv[1]))
-narrator = Narrator("child", "scripted", None)
-metrics = PrometheusMetrics("child", "Q4_K_M", 64, 0)
+narrator = Narrator("child", "scripted", None, sys.stderr)
+metrics = PrometheusMetrics("child", "Q4_K_M")
 app = create_app(engine, ByteTokenizer(), None, config, narrator, metrics)
 print(listener.getsockname()[1], flush=True)
 sys.exit(serve(app, listener, engine, narrator))

@@ -159,7 +159,6 @@ class SampleKernel(Protocol):
 class Backend(Protocol):
     """About ten operations, each row-invariant."""
 
-    name: str
     device: torch.device
 
     def sample_kernel(self, banned: list[int], vocab_size: int) -> SampleKernel | None:

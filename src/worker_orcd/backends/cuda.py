@@ -53,8 +53,6 @@ class PackedWeight(base.PackedWeight):
 class CudaBackend:
     """Operands are images of `kernels/ops`, sums the slices that the matmuls of `kernels/linear` leave."""
 
-    name = "cuda"
-
     def __init__(self, device: torch.device, gpu: Gpu | None = None) -> None:
         """Runs the self-test. Raises CudaError on a card that does not pass it."""
         gpu = gpu or Gpu(device)

@@ -55,8 +55,6 @@ LOWEST = -1e30  # a running maximum before anything was seen; finite, so that di
 class TorchBackend:
     """float32 on dequantized weights; correct and readable, not fast, and four bytes a weight."""
 
-    name = "torch-reference"
-
     def __init__(self, device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         self.device = device

@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Literal, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -63,8 +62,8 @@ class MetricsHook(Protocol):
 class MetricsPage(MetricsHook, Protocol):
     """A hook whose numbers can be read."""
 
-    def render(self, status: EngineStatus | None = None) -> bytes:
-        """The page, as `CONTENT_TYPE`. Gauges are of `status`; without it, of the last step."""
+    def render(self, status: EngineStatus) -> bytes:
+        """The page, as `CONTENT_TYPE`. Gauges are of `status`."""
         ...
 
 
@@ -117,23 +116,12 @@ class Spread:
 
 
 class PrometheusMetrics:
-    """A `MetricsPage` in the text format of Prometheus, with a registry of its own.
+    """A `MetricsPage` in the text format of Prometheus, with a registry of its own."""
 
-    `vram_bytes` and `blocks_total` stand until a status says otherwise; `memory_bytes` are by purpose.
-    """
+    _status: EngineStatus  # of the page being written
 
-    def __init__(
-        self,
-        worker_id: str,
-        quant_kind: str,
-        blocks_total: int,
-        vram_bytes: int,
-        memory_bytes: Mapping[str, int] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, worker_id: str, quant_kind: str) -> None:
         self._identity = {"worker_id": worker_id, "quant_kind": quant_kind}
-        self._blocks_total, self._vram_bytes = blocks_total, vram_bytes
-        self._memory_bytes = memory_bytes
-        self._state: StepStats | EngineStatus | None = None  # where the gauges come from
         self._born_s = time.monotonic()
         self._outcomes: Counter[str] = Counter(dict.fromkeys(get_args(Outcome), 0))
         self._refusals: Counter[str] = Counter({"OVERLOADED": 0, "SHUTTING_DOWN": 0})
@@ -171,7 +159,6 @@ class PrometheusMetrics:
         self._num_disconnects += 1
 
     def record_step(self, stats: StepStats) -> None:
-        self._state = stats
         if stats.num_rows:
             self._step.record(stats.step_ms)
             self._batch.record(stats.num_sequences)
@@ -181,10 +168,8 @@ class PrometheusMetrics:
         self._num_prompt += stats.prompt_tokens
         self._num_cached += stats.cached_tokens
 
-    def render(self, status: EngineStatus | None = None) -> bytes:
-        if status is not None:
-            self._state = status
-            self._blocks_total, self._vram_bytes = status.blocks_total, status.vram_bytes_used
+    def render(self, status: EngineStatus) -> bytes:
+        self._status = status
         page = generate_latest(self._registry)
         # a counter by contract, whose name the library would not let be without _total
         return page.replace(b"TYPE worker_uptime_seconds gauge", b"TYPE worker_uptime_seconds counter")
@@ -198,9 +183,9 @@ class PrometheusMetrics:
 
     def _requests(self) -> Iterator[Metric]:
         me, uptime_s = self._identity, time.monotonic() - self._born_s
-        yield _gauge("vram_bytes", "Device memory in use.", self._vram_bytes, me)
+        yield _gauge("vram_bytes", "Device memory in use.", self._status.vram_bytes_used, me)
         memory = GaugeMetricFamily("worker_memory_bytes", "Memory set aside at start.", labels=["purpose"])
-        for purpose, nbytes in self._memory_bytes.items():
+        for purpose, nbytes in self._status.memory.items():
             memory.add_metric([purpose], nbytes)
         yield memory
         yield _gauge("uptime_seconds", "Seconds since the worker was ready.", uptime_s, me)
@@ -220,21 +205,20 @@ class PrometheusMetrics:
         yield self._cancel.family("cancellation_latency_ms", "From the wish to end a request until all is freed.")
 
     def _steps(self) -> Iterator[Metric]:
-        state = self._state
         yield self._step.family("step_duration_ms", "Of one step, from plan to results.")
         yield self._batch.family("batch_size", "Sequences in one step.")
         yield _counter("computed_tokens", "Tokens put through the model, prompts included.", self._num_rows)
-        yield _gauge("running_requests", "Requests being computed.", state.num_running if state else 0)
-        yield _gauge("waiting_requests", "Requests in the queue.", state.num_waiting if state else 0)
+        yield _gauge("running_requests", "Requests being computed.", self._status.num_running)
+        yield _gauge("waiting_requests", "Requests in the queue.", self._status.num_waiting)
         yield _counter("preemptions", "Sequences that gave up their blocks to older ones.", self._num_preempted)
 
     def _cache(self) -> Iterator[Metric]:
-        used, cached = (self._state.blocks_used, self._state.blocks_cached) if self._state else (0, 0)
+        used, cached, total = self._status.blocks_used, self._status.blocks_cached, self._status.blocks_total
         blocks = GaugeMetricFamily("worker_kv_blocks", "Blocks of the KV cache.", labels=["state"])
-        for state, count in (("used", used), ("cached", cached), ("free", self._blocks_total - used - cached)):
+        for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):
             blocks.add_metric([state], count)
         yield blocks
-        yield _gauge("kv_capacity_blocks", "All blocks of the KV cache.", self._blocks_total)
+        yield _gauge("kv_capacity_blocks", "All blocks of the KV cache.", total)
         yield _counter("evicted_blocks", "Cached blocks given up for new ones.", self._num_evicted)
         yield _counter("prefix_cache_prompt_tokens", "Prompt tokens of admitted requests.", self._num_prompt)
         yield _counter("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", self._num_cached)

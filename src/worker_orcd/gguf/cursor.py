@@ -23,7 +23,7 @@ class Cursor:
 
     __slots__ = ("_limit_note", "data", "limit", "path", "pos")
 
-    def __init__(self, path: Path, data: bytes, limit: int, limit_note: str = "") -> None:
+    def __init__(self, path: Path, data: bytes, limit: int, limit_note: str) -> None:
         self.path = path
         self._limit_note = limit_note
         self.data = data

@@ -34,7 +34,7 @@ UNROTATED = RopeSpec(1.0, 0)
 FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 
-def read_rope(gguf: GgufFile, dim: int, context_length: int, rounds_yarn: bool = True) -> RopeSpec:
+def read_rope(gguf: GgufFile, dim: int, context_length: int, rounds_yarn: bool) -> RopeSpec:
     """A factor without a type means linear scaling; `rope.scale_linear` is its older name.
 
     Long and short factors are tensors, and mean the scaling of arXiv:2402.13753 with or without its name.
