@@ -1,4 +1,4 @@
-"""Signals that ask for the end, outside an event loop: an exception until others handle them, then silence."""
+"""Signals outside an event loop: an exception, where one is awaited, and silence elsewhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,30 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *HANGUP)
 
 class Stopped(KeyboardInterrupt):
     """A signal asked the process to end. No code on the way may swallow it as an error."""
+
+
+class Interrupts:
+    """Ctrl-C at a terminal: from `install` on it raises KeyboardInterrupt in a `with` block of it, else nothing.
+
+    An exception that may come anywhere comes sooner or later where none is caught: in a handler of the one before.
+    """
+
+    def __init__(self) -> None:
+        self._is_awaited = False
+
+    def install(self) -> None:
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def __enter__(self) -> None:
+        self._is_awaited = True
+
+    def __exit__(self, *_: object) -> None:
+        self._is_awaited = False
+
+    def _interrupt(self, *_: object) -> None:
+        if self._is_awaited:
+            self._is_awaited = False  # before the exception, so that no second one meets it
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -205,6 +205,8 @@ def test_the_chat_template_wraps_the_prompt() -> None:
 
 def test_a_failing_template_is_named() -> None:
     class Broken:
+        source = ""
+
         def render(self, messages: object, add_generation_prompt: bool = True) -> str:  # noqa: ARG002
             raise TemplateError("line 3 is wrong")
 

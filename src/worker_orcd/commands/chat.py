@@ -22,6 +22,7 @@ from worker_orcd.commands.client import RequestRefused, WorkerClient, refusal_of
 from worker_orcd.commands.worker_process import private, running_worker
 from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import InvalidRequest, WorkerError
+from worker_orcd.signals import Interrupts
 
 SETTINGS: dict[str, type[int] | type[float]] = {
     "temperature": float,
@@ -126,6 +127,7 @@ class Terminal:
     def __init__(self) -> None:
         self.is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.interrupts = Interrupts()
 
     def line(self) -> str | None:
         """What the person types next; None at the end of the input."""
@@ -175,6 +177,8 @@ def run_chat(config: WorkerConfig, url: str | None, system: str) -> int:
             url = f"http://127.0.0.1:{config.port}"
         client = WorkerClient(url, config.api_key, config.inference_timeout_sec)
         model = client.model()
+        if terminal.is_interactive:
+            terminal.interrupts.install()
         terminal.note(f"{model} · /help lists what else can be typed")
         return _converse(client, model, conversation, terminal)
 
@@ -184,24 +188,24 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 
 def _converse(client: WorkerClient, model: str, conversation: Conversation, terminal: Terminal) -> int:
-    status, is_interrupted = 0, False
+    status = 0
     while True:
         try:
-            if is_interrupted:
-                is_interrupted = False
-                terminal.console.print()
-                terminal.note("Ctrl-D or /quit leaves")
-            line = terminal.line()
-            if line is None or line.strip() in ("/quit", "/exit"):
-                return status
+            with terminal.interrupts:
+                line = terminal.line()
+        except KeyboardInterrupt:
+            if not terminal.is_interactive:
+                raise
+            terminal.console.print()
+            terminal.note("Ctrl-D or /quit leaves")
+            continue
+        if line is None or line.strip() in ("/quit", "/exit"):
+            return status
+        try:
             if line.startswith("/"):
                 terminal.note(_command(line, conversation))
             elif line.strip():
                 _turn(client, model, conversation, terminal, line)
-        except KeyboardInterrupt:  # at whatever moment; what ends an answer does not come here
-            if not terminal.is_interactive:
-                raise
-            is_interrupted = True
         except WorkerError as error:
             terminal.problem(error)
             status = 0 if terminal.is_interactive else 1
@@ -234,7 +238,8 @@ def _turn(client: WorkerClient, model: str, conversation: Conversation, terminal
         "stream_options": {"include_usage": True},
     }
     try:
-        _stream(client, body | conversation.settings, answer, terminal)
+        with terminal.interrupts:
+            _stream(client, body | conversation.settings, answer, terminal)
     except KeyboardInterrupt:
         end = " · stopped"
     except WorkerError:
