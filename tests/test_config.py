@@ -248,6 +248,16 @@ def test_bad_settings_end_with_status_1_and_no_traceback(
     assert "Traceback" not in done.stderr
 
 
+def test_a_file_without_settings_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "worker.yaml"
+    for text in ("# nothing\n", "null\n", "{}\n"):
+        file.write_text(text)
+        done = run("--config", str(file), "serve", LLORCH_PORT="x")
+        assert done.returncode == 1
+        assert "LLORCH_PORT" in done.stderr, "what is wrong elsewhere is what is told"
+        assert "Traceback" not in done.stderr
+
+
 def test_unknown_keys_in_the_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "worker.yaml"
     for text, reason in {

@@ -214,16 +214,16 @@ def _yaml(path: Path) -> Yaml:
     if not path.is_file():
         raise StartFailed(f"config {path} is not a regular file")
     try:
-        text = path.read_bytes()
-        settings = yaml.safe_load(text) or {}
+        loader = yaml.SafeLoader(path.read_bytes())
+        document = loader.get_single_node()
+        settings = (document and loader.construct_document(document)) or {}
     except OSError as error:
         raise StartFailed(f"config {path}: {error.strerror}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise StartFailed(f"config {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise StartFailed(f"config {path} must hold `name: value` lines")
-    document = yaml.compose(text, yaml.SafeLoader)
-    names = Counter(key.value for key, _ in document.value) if document else Counter()
+    names = Counter(key.value for key, _ in document.value) if document and settings else Counter()
     if twice := [name for name, count in names.items() if count > 1]:
         raise StartFailed(f"config {path} has {twice[0]!r} twice")
     if no_settings := [key for key in settings if key in app or key == "config"]:  # which cyclopts would pass over
