@@ -32,7 +32,7 @@ from worker_orcd.errors import WorkerError
 from worker_orcd.narration import BackgroundSink, Narrator
 from worker_orcd.server.app import create_app
 from worker_orcd.server.run import bind, serve
-from worker_orcd.signals import Stopped, stoppable
+from worker_orcd.signals import Stopped, StopRequest
 from worker_orcd.worker import SWITCH_S
 
 
@@ -60,7 +60,9 @@ class ByteTokenizer:
         return token_id == 256
 
 
-def run_fake_worker(config: WorkerConfig, options: FakeOptions, send_buffer: int, profile: Path | None) -> int:
+def run_fake_worker(
+    stop: StopRequest, config: WorkerConfig, options: FakeOptions, send_buffer: int, profile: Path | None
+) -> int:
     """Serve until told to stop; returns the exit status."""
     signal.signal(signal.SIGUSR1, lambda *_: print(f"tasks {_num_tasks()}", file=sys.stderr, flush=True))
     with closing(BackgroundSink(sys.stderr.fileno())) as sink:
@@ -74,11 +76,12 @@ def run_fake_worker(config: WorkerConfig, options: FakeOptions, send_buffer: int
             link = ProcessLink("fake_engine")
             narrator.narrate("model_load_start", "loading nothing", action="load", bytes_total=0)
             link.configure(msgspec.json.encode(options))
-            facts = link.wait_until_ready(lambda *_: None)
+            facts = link.wait_until_ready(lambda *_: None, stop.check)
             metrics = PrometheusMetrics(config.worker_id, "none")
             engine = EngineClient(link, facts, config.max_queue, metrics)
             app = create_app(engine, ByteTokenizer(), None, config, narrator, metrics)
             sys.setswitchinterval(SWITCH_S)
+            stop.pass_to(app.state.control.stop)
             with _profiled(profile):
                 return serve(app, listener, engine, narrator)
         except Stopped:
@@ -138,11 +141,8 @@ def parse_args() -> tuple[WorkerConfig, FakeOptions, int, Path | None]:
 
 
 def main() -> int:
-    try:
-        with stoppable():
-            return run_fake_worker(*parse_args())
-    except Stopped:
-        return 0
+    with StopRequest() as stop:
+        return run_fake_worker(stop, *parse_args())
 
 
 if __name__ == "__main__":

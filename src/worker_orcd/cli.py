@@ -24,7 +24,7 @@ from worker_orcd import __version__
 from worker_orcd.commands.options import BenchOptions
 from worker_orcd.config import INTEGER, WorkerConfig
 from worker_orcd.errors import InvalidRequest, StartFailed, WorkerError
-from worker_orcd.signals import Stopped, stoppable
+from worker_orcd.signals import StopRequest, stoppable
 
 DEFAULTS = WorkerConfig()
 BENCH_DEFAULTS = BenchOptions()
@@ -44,13 +44,10 @@ def serve(*, config: WorkerConfig = DEFAULTS) -> int:
 
     Events go to stderr, one JSON object a line.
     """
-    try:
-        with stoppable():
-            from worker_orcd.worker import run_worker
+    with StopRequest() as stop:
+        from worker_orcd.worker import run_worker
 
-            return run_worker(config)
-    except Stopped:  # before there was anything to stop
-        return 0
+        return run_worker(config, stop)
 
 
 @app.command

@@ -1,14 +1,17 @@
-"""Signals outside an event loop: an exception, where one is awaited, and silence elsewhere."""
+"""Signals outside an event loop: a wish that is kept, or an exception where one is awaited, and silence elsewhere."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup wants it ignored
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *HANGUP)
+RETRY_S = 0.05
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,20 +42,65 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
+class StopRequest:
+    """The wish of a signal to end the process, kept until `check` is asked; from the end of the `with` on, ignored.
+
+    For what must not lose it: an exception raised by a handler is lost where Python cannot pass it on.
+    """
+
+    def __init__(self) -> None:
+        self._is_made = False
+        self._receiver: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Self:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._make)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ignore_signals()
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self._is_made:
+            raise Stopped
+
+    def pass_to(self, receiver: Callable[[], None]) -> None:
+        """Call it for a signal that comes, or has come, instead of waiting for `check`."""
+        self._receiver = receiver
+        if self._is_made:
+            receiver()
+
+    def _make(self, *_: object) -> None:
+        self._is_made = True
+        self._receiver()
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise Stopped on the first signal; from the end of the block on, ignore them: the process is ending anyway."""
+    """Raise Stopped on the first signal; from the end of the block on, ignore them: the process is ending anyway.
+
+    Where Python cannot pass it on, as in a callback of the import machinery, it comes again a moment later.
+    """
 
     def stop(*_: object) -> None:
         ignore_signals()
         raise Stopped
 
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            signal.signal(number, stop)
+    def not_passed_on(what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, RETRY_S)
+        else:
+            sys.__unraisablehook__(what)
+
+    for number in (*STOP_SIGNALS, signal.SIGALRM):
+        signal.signal(number, stop)
+    sys.unraisablehook = not_passed_on
     try:
         yield
     finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        sys.unraisablehook = sys.__unraisablehook__
         ignore_signals()
 
 

@@ -26,23 +26,26 @@ from worker_orcd.narration import BackgroundSink, Narrator
 from worker_orcd.server.app import create_app
 from worker_orcd.server.auth import ApiKeys
 from worker_orcd.server.run import bind, serve, tls_context
-from worker_orcd.signals import Stopped
+from worker_orcd.signals import Stopped, StopRequest
 
 SWITCH_S = 0.0005  # how long the event loop waits for a thread that prepares a long prompt; Python's own is 5 ms
 MAX_DIGITS = 640  # of an integer in a body, the least Python knows; thousands of longer ones would hold streams up
 ENGINE_MODULE = "worker_orcd.engine_process"
 
 
-def run_worker(config: WorkerConfig) -> int:
-    """Serve until told to stop; returns the exit status. Raises WorkerError when the worker cannot start."""
+def run_worker(config: WorkerConfig, stop: StopRequest) -> int:
+    """Serve until told to stop, by `stop` or over HTTP; returns the exit status.
+
+    Raises WorkerError when the worker cannot start.
+    """
     model = str(config.model or assemble.embedded_model())
     # stderr is None when it was closed; its number may then belong to something else
     stderr = sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY)
     with closing(BackgroundSink(stderr)) as sink:
-        return _live(config, Narrator(config.worker_id, model, _gpu(config), sink, config.log_level))
+        return _live(config, stop, Narrator(config.worker_id, model, _gpu(config), sink, config.log_level))
 
 
-def _live(config: WorkerConfig, narrator: Narrator) -> int:
+def _live(config: WorkerConfig, stop: StopRequest, narrator: Narrator) -> int:
     narrator.narrate(
         "startup",
         "starting",
@@ -57,6 +60,7 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         ApiKeys.of(config)  # what is wrong with them, or with the certificate, is told before the model is loaded
         tls = tls_context(config)
         listener = bind(config.host, config.port)
+        stop.check()
         blueprint = draw_up(config)
         link = ProcessLink(ENGINE_MODULE)
         texts = load_texts(config, blueprint)
@@ -64,7 +68,8 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
             if warning:
                 _warn(narrator, "start", warning)
         blueprint.gguf.close()
-        facts = _load_model(config, blueprint, texts, link, narrator)
+        _configure(config, blueprint, texts, link)
+        facts = _load_model(blueprint, link, stop, narrator)
         metrics = PrometheusMetrics(config.worker_id, facts.info.quant_kind)
         engine = EngineClient(link, facts, config.max_queue, metrics)
         engine.on_inspected = partial(_tell_of_memory, narrator)
@@ -74,6 +79,7 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
         sys.set_int_max_str_digits(MAX_DIGITS)
         gc.collect()
         gc.freeze()  # what is there now stays; collecting it again and again would hold streams up
+        stop.pass_to(app.state.control.stop)
         return serve(app, listener, engine, narrator, tls)
     except Stopped:
         narrator.narrate("shutdown", "stopped before serving", action="stop", reason="signal", exit_code=0)
@@ -88,9 +94,13 @@ def _live(config: WorkerConfig, narrator: Narrator) -> int:
             link.close(is_orderly=False)
 
 
-def _load_model(
-    config: WorkerConfig, blueprint: Blueprint, texts: Texts, link: ProcessLink, narrator: Narrator
-) -> EngineFacts:
+def _configure(config: WorkerConfig, blueprint: Blueprint, texts: Texts, link: ProcessLink) -> None:
+    padding = range(texts.tokenizer.vocab_size, blueprint.spec.vocab_size)
+    setup = Setup(config, sorted(texts.tokenizer.eog_ids), [*texts.tokenizer.unsampleable, *padding])
+    link.configure(setup.encode())
+
+
+def _load_model(blueprint: Blueprint, link: ProcessLink, stop: StopRequest, narrator: Narrator) -> EngineFacts:
     """The one long part of starting, told as it goes."""
     began = time.monotonic()
     total = sum(info.nbytes for info in blueprint.gguf.tensors.values())
@@ -106,10 +116,7 @@ def _load_model(
             bytes_total=total,
         )
 
-    padding = range(texts.tokenizer.vocab_size, blueprint.spec.vocab_size)
-    setup = Setup(config, sorted(texts.tokenizer.eog_ids), [*texts.tokenizer.unsampleable, *padding])
-    link.configure(setup.encode())
-    facts = link.wait_until_ready(tell)
+    facts = link.wait_until_ready(tell, stop.check)
     narrator.narrate(
         "model_load_complete",
         f"loaded {total} bytes",

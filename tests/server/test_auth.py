@@ -23,6 +23,7 @@ from worker_orcd.config import WorkerConfig
 from worker_orcd.errors import StartFailed, WorkerError
 from worker_orcd.server.auth import ApiKeys
 from worker_orcd.server.run import bind, tls_context
+from worker_orcd.signals import StopRequest
 
 ALICE, BOB, NOBODY = "alice-secret-key", "bob-secret-key", "nameless-secret-key"
 
@@ -259,7 +260,8 @@ def test_the_command_refuses_at_once_and_names_the_remedy(
     flags: list[str], key: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the model is even looked for."""
-    monkeypatch.setattr(cli, "stoppable", contextlib.nullcontext)  # it would leave this process deaf to signals
+    unheard = StopRequest()  # entered, it would leave this process deaf to signals
+    monkeypatch.setattr(cli, "StopRequest", lambda: contextlib.nullcontext(unheard))
     (tmp_path / "keys").write_text("two words\n")
     for name in [name for name in os.environ if name.startswith("LLORCH_")]:
         monkeypatch.delenv(name)

@@ -76,9 +76,10 @@ class ProcessLink:
             self._process.stdin.write(setup + b"\n")
             self._process.stdin.flush()
 
-    def wait_until_ready(self, on_progress: OnProgress) -> EngineFacts:
-        """Block until the model is loaded. Raises what the child died of."""
+    def wait_until_ready(self, on_progress: OnProgress, check: Callable[[], None]) -> EngineFacts:
+        """Block until the model is loaded. Raises what the child died of, and whatever `check` does."""
         while True:
+            check()
             if not self._socket.poll(POLL_MS):
                 if (gone := self.failure()) is not None and not self._socket.poll(LAST_WORD_MS):
                     raise gone
