@@ -24,6 +24,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 haiku: .venv                 ## start a worker on the embedded model and stream a haiku, twice
 	@$(BIN)/worker-orcd haiku --device $(DEVICE)
 
+test: export PYTHONDONTWRITEBYTECODE :=# it starts a hundred workers, which need not compile our modules again
 test: .venv                  ## the whole suite; needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
 
