@@ -237,7 +237,10 @@ class Bench:
         place, num_prompt = f"schedule {seed}, request {request.id}", len(request.prompt_ids)
         if outcome.end != "CANCELLED" and replace(outcome, num_cached=0) != replace(alone, num_cached=0):
             return [f"{place}: {outcome} instead of {alone}"]
-        if outcome.tokens != alone.tokens[: len(outcome.tokens)] or outcome.prompt not in ([], alone.prompt):
+        if (
+            outcome.tokens != alone.tokens[: len(outcome.tokens)]
+            or outcome.prompt != alone.prompt[: len(outcome.prompt)]
+        ):
             return [f"{place}: the tokens before the cancel are others"]
         if outcome.num_cached and request.prompt_logprobs:
             return [f"{place}: a prompt was scored from the cache"]
@@ -276,9 +279,10 @@ def note(outcome: Outcome, event: object) -> None:
         outcome.tokens += event.ids
         outcome.logprobs += event.logprobs or []
     elif isinstance(event, PromptLogprobs):
-        assert not outcome.prompt, "told twice"
+        assert event.index == len(outcome.prompt)
+        assert event.tokens
         assert not outcome.tokens
-        outcome.prompt = event.tokens
+        outcome.prompt += event.tokens
     elif isinstance(event, Finished):
         outcome.end = event.reason
     elif isinstance(event, Failed):

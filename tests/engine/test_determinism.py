@@ -30,7 +30,9 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(
-    ("bench", "group"), [("qwen2", 0), ("qwen2", 1), *(("llama", group) for group in range(2, 10))], indirect=["bench"]
+    ("bench", "group"),
+    [("qwen2", 0), ("qwen2", 1), *(("llama", group) for group in range(2, 10))],
+    indirect=["bench"],
 )
 def test_every_schedule_gives_the_bits_of_a_run_alone(bench: Bench, group: int) -> None:
     seen: Counter[str] = Counter()

@@ -150,6 +150,18 @@ def test_tokens_come_with_the_models_own_probabilities(runtime: Runtime, overlap
     runtime.allocator.drop_cache()
 
 
+def told_first(events: list[Any]) -> tuple[list[Any], list[Any]]:
+    """What is told of the prompt, in pieces of a step each, and what comes between that and the end."""
+    told: list[Any] = []
+    for at, event in enumerate(events[1:-1], 1):
+        if not isinstance(event, PromptLogprobs):
+            return told, events[at:-1]
+        assert event.index == len(told)
+        assert 0 < len(event.tokens) <= SCORE_ROWS + 1
+        told += event.tokens
+    return told, []
+
+
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 130])
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_a_prompt_is_scored_whole_and_once(runtime: Runtime, length: int, overlaps: bool) -> None:
@@ -158,16 +170,15 @@ def test_a_prompt_is_scored_whole_and_once(runtime: Runtime, length: int, overla
     (first,), _ = run(runtime, plain)
     (beside, events), num_rows = run(runtime, plain, scored, overlaps=overlaps)
     assert [e for e in beside if isinstance(e, Tokens)] == [e for e in first if isinstance(e, Tokens)]
-    started, told, *tokens, finished = events
-    assert started.cached_tokens == 0
-    assert isinstance(told, PromptLogprobs)
-    assert isinstance(finished, Finished)
+    assert events[0].cached_tokens == 0
+    assert isinstance(events[-1], Finished)
+    told, tokens = told_first(events)
     assert all(isinstance(event, Tokens) for event in tokens)
-    assert told.tokens[0] is None
-    assert len(told.tokens) == length
+    assert told[0] is None
+    assert len(told) == length
     logits = score(runtime, plain.prompt_ids, 64)
     for at in range(1, length):
-        check(told.tokens[at], logits[at - 1], plain.prompt_ids[at], 2)
+        check(told[at], logits[at - 1], plain.prompt_ids[at], 2)
     assert max(num_rows) <= SCORE_ROWS + 1
     runtime.allocator.drop_cache()
 
@@ -200,9 +211,10 @@ def test_mirostat_follows_what_was_drawn(runtime: Runtime, overlaps: bool) -> No
 
 def test_an_answer_of_no_tokens_only_scores(runtime: Runtime) -> None:
     for overlaps in (False, True):
-        ((started, told, finished),), _ = run(runtime, ask(70, 0, prompt_logprobs=True), overlaps=overlaps)
-        assert (started.cached_tokens, len(told.tokens), finished.reason) == (0, 70, "max_tokens")
-        assert all(entry.top == [] for entry in told.tokens[1:])
+        (events,), _ = run(runtime, ask(70, 0, prompt_logprobs=True), overlaps=overlaps)
+        told, tokens = told_first(events)
+        assert (events[0].cached_tokens, len(told), tokens, events[-1].reason) == (0, 70, [], "max_tokens")
+        assert all(entry.top == [] for entry in told[1:])
         runtime.allocator.drop_cache()
     ((failed,),), _ = run(runtime, ask(70, 0))
     assert isinstance(failed, Failed)
@@ -213,7 +225,7 @@ def test_many_prompts_share_the_rows_of_a_step(runtime: Runtime) -> None:
     requests = [ask(length, 2, prompt_logprobs=True) for length in (50, 51, 52, 53)]
     events, num_rows = run(runtime, *requests)
     assert max(num_rows) <= SCORE_ROWS + 4
-    assert [len(told.tokens) for _, told, *_ in events] == [50, 51, 52, 53]
+    assert [len(told_first(each)[0]) for each in events] == [50, 51, 52, 53]
     runtime.allocator.drop_cache()
 
 

@@ -540,7 +540,11 @@ def test_offsets_count_characters(is_streamed: bool) -> None:
     prompt, text = [*"a😀b".encode(), 0xF0], "é😀c!"
     scores = [TokenLogprob(-1.0, [])] * 8
     ids = list(text.encode())
-    script: list[Step] = [PromptLogprobs([None, *scores[:6]]), Tokens(0, ids[:4], scores[:4])]
+    script: list[Step] = [
+        PromptLogprobs(0, [None, *scores[:2]]),
+        PromptLogprobs(3, scores[2:6]),
+        Tokens(0, ids[:4], scores[:4]),
+    ]
     rig = rig_of(lambda _: [*script, Tokens(4, ids[4:], scores[: len(ids) - 4]), "eos"])
     body = {"prompt": prompt, "echo": True, "logprobs": 0, "stream": is_streamed}
     answer = rig.call("POST", "/v1/completions", body)
@@ -555,7 +559,7 @@ def test_offsets_count_characters(is_streamed: bool) -> None:
 def test_an_echo_is_scored(is_streamed: bool, max_tokens: int) -> None:
     prompt = [None, TokenLogprob(-0.25, [(98, -0.25)])]
     rig = rig_of(
-        lambda _: [PromptLogprobs(prompt), Tokens(0, [99], [TokenLogprob(-1.0, [(100, -0.5)])]), "max_tokens"]
+        lambda _: [PromptLogprobs(0, prompt), Tokens(0, [99], [TokenLogprob(-1.0, [(100, -0.5)])]), "max_tokens"]
     )
     body = {"prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": max_tokens, "stream": is_streamed}
     answer = rig.call("POST", "/v1/completions", body)

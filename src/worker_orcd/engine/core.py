@@ -258,12 +258,13 @@ class EngineCore:
                 self._fail(seq, result)
 
     def _score(self, seq: Sequence, chunk: Chunk, result: Scored) -> None:
-        """Collect what is known of the prompt, and report it when it is complete; then go on as with the others."""
+        """Tell what has become known of the prompt; then go on as with the others."""
         if chunk.scores and seq.is_scoring:
-            seq.prompt_logprobs[chunk.first + 1 :] = result.prompt  # one that was preempted has begun again
-            if len(seq.prompt_logprobs) == seq.num_prompt:
-                seq.is_scoring = False
-                self._events.append((seq.number, PromptLogprobs(seq.prompt_logprobs)))
+            known = [None, *result.prompt]  # from its first token on, of which only the chunk before knows
+            if new := known[seq.num_scored - chunk.first :]:  # one that was preempted has begun again
+                self._events.append((seq.number, PromptLogprobs(seq.num_scored, new)))
+            seq.num_scored += len(new)
+            seq.is_scoring = seq.num_scored < seq.num_prompt
         if result.tokens:
             self._extend(seq, result.tokens, result.logprobs)
 

@@ -89,9 +89,10 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
-    """After Started, before Tokens, when asked for: one entry a prompt token; the first has nothing before it."""
+    """After Started, before Tokens, when asked for: of prompt tokens from `index` on; several make up the prompt."""
 
-    tokens: list[TokenLogprob | None]
+    index: int
+    tokens: list[TokenLogprob | None]  # None: of the prompt's first, which has nothing before it
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True, gc=False):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from worker_orcd.engine.grammar import Matcher
-from worker_orcd.engine.request import Request, TokenLogprob
+from worker_orcd.engine.request import Request
 from worker_orcd.kv.allocator import BlockTable
 from worker_orcd.kv.prefix import PrefixChain
 
@@ -51,7 +51,7 @@ class Sequence:
     mirostat_mu: float | None = (
         None  # bits: the surprise from which on mirostat cuts off; None before the first token
     )
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])  # those known so far
+    num_scored: int = 0  # tokens of the prompt whose log-probabilities have been told
 
     @classmethod
     def of(cls, request: Request, number: int, chain: PrefixChain, arrived_s: float = 0.0) -> Sequence:

@@ -45,6 +45,7 @@ class ChatAnswer(ChoicesAnswer):
         super().__init__(job_id, choices, chat.prompt, body, preparer.info, exchange)
         self.grammar_param = grammar_param(body, self.grammar_param, chat)
         self._has_logprobs = body.logprobs
+        self._logprobs: list[list[Any]] = [[] for _ in choices]  # of an answer that goes out whole
         self._spelling = Spelling(preparer.tokenizer)
 
     @classmethod
@@ -57,20 +58,25 @@ class ChatAnswer(ChoicesAnswer):
     def tokens(self, run: Run, event: Tokens) -> bytes:
         choice = self._choices[run.index]
         pieces = choice.push(event)
-        return self._chunks(choice, pieces) if self.is_streamed else b""
+        return self._chunks(choice, pieces) if self.is_streamed else self._keep(choice)
 
     def ended(self, run: Run, rest: str) -> bytes:
         choice = self._choices[run.index]
         pieces = choice.finish(rest)
         if not self.is_streamed:
-            return b""
+            return self._keep(choice)
         last = {"index": run.index, "delta": {}, "logprobs": None, "finish_reason": choice.finish_reason}
         return self._chunks(choice, pieces) + self._frame(last, run)
+
+    def _keep(self, choice: Choice) -> bytes:
+        """Spelled as they come: those of a whole answer at once would hold up everyone."""
+        self._logprobs[choice.run.index] += self._spelling.chat(choice.take_scored())
+        return b""
 
     def _chunks(self, choice: Choice, pieces: list[Piece]) -> bytes:
         """One chunk a piece; the log-probabilities go with the first, or alone."""
         deltas = [_delta(piece) for piece in pieces]
-        logprobs = self._spelling.chat(scored) if (scored := choice.take_scored()) else None
+        logprobs = _logprobs(self._spelling.chat(choice.take_scored()))
         if logprobs and not deltas:
             deltas = [{}]
         index = choice.run.index
@@ -89,9 +95,13 @@ class ChatAnswer(ChoicesAnswer):
         return {
             "index": choice.run.index,
             "message": message,
-            "logprobs": self._spelling.chat(choice.take_scored()) if self._has_logprobs else None,
+            "logprobs": _logprobs(self._logprobs[choice.run.index], is_wanted=self._has_logprobs),
             "finish_reason": choice.finish_reason,
         }
+
+
+def _logprobs(content: list[Any], is_wanted: bool = False) -> dict[str, Any] | None:
+    return {"content": content, "refusal": None} if content or is_wanted else None
 
 
 def _delta(piece: Piece) -> dict[str, Any]:

@@ -126,13 +126,13 @@ class Spelling:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def chat(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        """The `logprobs` of a chat."""
+    def chat(self, scored: Sequence[Scored]) -> list[dict[str, Any]]:
+        """The content of `logprobs` of a chat."""
         content = []
         for token_id, logprob in scored:
             top = [self._entry(other, value) for other, value in logprob.top]
             content.append(self._entry(token_id, logprob.logprob) | {"top_logprobs": top})
-        return {"content": content, "refusal": None}
+        return content
 
     def completion(self, placed: Sequence[Placed]) -> dict[str, Any]:
         """The `logprobs` of a completion."""
@@ -167,14 +167,14 @@ class Offsets:
     """Where tokens, one after the other, begin in a text; those that make one character begin with it."""
 
     def __init__(self, tokenizer: Tokenizer, begin: int) -> None:
-        self._tokenizer, self._end = tokenizer, begin
+        self._tokenizer, self.end = tokenizer, begin
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def place(self, scored: Iterable[tuple[int, TokenLogprob | None]]) -> list[Placed]:
         placed = []
         for token_id, item in scored:
-            placed.append((token_id, item, self._end))
-            self._end += len(self._decoder.decode(_bytes(self._tokenizer, token_id)))
+            placed.append((token_id, item, self.end))
+            self.end += len(self._decoder.decode(_bytes(self._tokenizer, token_id)))
         return placed
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
-from worker_orcd.engine.request import PromptLogprobs, Tokens
+from worker_orcd.engine.request import PromptLogprobs, TokenLogprob, Tokens
 from worker_orcd.server.exchange import Exchange
 from worker_orcd.server.generation import Run
 from worker_orcd.server.openai.bodies import MAX_RUNS, CompletionBody, read_body, refuse
-from worker_orcd.server.openai.choice import Choice, Offsets, Placed, Spelling
+from worker_orcd.server.openai.choice import Choice, Offsets, Spelling
 from worker_orcd.server.openai.chunks import ChoicesAnswer
 from worker_orcd.server.openai.grammars import grammar_of
 from worker_orcd.server.openai.prepare import Preparer, Wish, grammar_param
@@ -59,7 +60,7 @@ class CompletionAnswer(ChoicesAnswer):
         choices = [Choice(run, PlainParser()) for run in runs]
         super().__init__(job_id, choices, "".join(self._prompts), body, preparer.info, exchange)
         self.grammar_param = grammar_param(body, self.grammar_param)
-        self._scores: list[list[Placed]] = [[] for _ in runs]  # not told yet
+        self._logprobs: list[dict[str, list[Any]]] = [{} for _ in runs]  # not told yet
         self._tokenizer = preparer.tokenizer
         self._offsets = [Offsets(self._tokenizer, 0) for _ in runs]
         self._spelling = Spelling(preparer.tokenizer)
@@ -73,10 +74,13 @@ class CompletionAnswer(ChoicesAnswer):
         return self._frame(self._choice(run.index, self._prompt(run))) if is_echo else b""
 
     def prompt(self, run: Run, event: PromptLogprobs) -> bytes:
-        text = self._prompt(run)
-        scored = zip(run.request.prompt_ids, event.tokens, strict=True)
-        self._scores[run.index] += self._offsets[run.index].place(scored)
-        self._offsets[run.index] = Offsets(self._tokenizer, len(text))
+        text, ids, offsets = self._prompt(run), run.request.prompt_ids, self._offsets[run.index]
+        begin, num_told = offsets.end, event.index + len(event.tokens)
+        self._spell(run.index, list(zip(ids[event.index : num_told], event.tokens, strict=True)))
+        is_last = num_told == len(ids)  # its text is the rest, whatever its tokens' is
+        if is_last:
+            self._offsets[run.index] = Offsets(self._tokenizer, len(text))
+        text = text[begin : None if is_last else offsets.end]
         return self._frame(self._choice(run.index, text)) if self.is_streamed else b""
 
     def tokens(self, run: Run, event: Tokens) -> bytes:
@@ -100,15 +104,18 @@ class CompletionAnswer(ChoicesAnswer):
         return self._choice(choice.run.index, text, choice.finish_reason)
 
     def _told(self, run: Run, pieces: list[Piece]) -> bytes:
-        self._scores[run.index] += self._offsets[run.index].place(self._choices[run.index].take_scored())
+        self._spell(run.index, self._choices[run.index].take_scored())
         text = "".join(piece.text for piece in pieces)  # type: ignore[union-attr] # a plain parser knows no calls
-        if not self.is_streamed or not (text or self._scores[run.index]):
+        if not self.is_streamed or not (text or self._logprobs[run.index]):
             return b""
         return self._frame(self._choice(run.index, text))
 
+    def _spell(self, index: int, scored: Sequence[tuple[int, TokenLogprob | None]]) -> None:
+        """As they come: those of a whole answer at once would hold up everyone."""
+        if scored:
+            for name, values in self._spelling.completion(self._offsets[index].place(scored)).items():
+                self._logprobs[index].setdefault(name, []).extend(values)
+
     def _choice(self, index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
-        logprobs = None
-        if scores := self._scores[index]:
-            logprobs = self._spelling.completion(scores)
-            self._scores[index] = []
+        logprobs, self._logprobs[index] = self._logprobs[index] or None, {}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
