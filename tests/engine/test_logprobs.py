@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,8 +34,10 @@ from worker_orcd.engine.sampler import Sampler
 from worker_orcd.engine.scheduler import SCORE_ROWS, SchedulerLimits
 from worker_orcd.engine.score import score
 from worker_orcd.errors import Cancelled
+from worker_orcd.kv.paged import PagedAllocator
 from worker_orcd.models.adapter import ModelAdapter
 
+SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
 HIDDEN = [0, 299]  # unsampleable
 
 
@@ -95,8 +98,7 @@ class Watcher:
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
-    path = tiny.build("qwen2", **sizes).write(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    path = tiny.build("qwen2", **SIZES).write(tmp_path_factory.mktemp("model") / "tiny.gguf")
     return runtime_of(path, kv_block_size=4, context_length=256, max_batch=4)
 
 
@@ -235,3 +237,16 @@ def test_a_fault_within_the_prompt_ends_that_request_alone(runtime: Runtime) -> 
     assert isinstance(events[-1], Failed)
     assert events[-1].code == "NUMERIC_FAULT"
     assert isinstance(others[-1], Finished)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_prompt_that_lost_its_place_is_told_on_where_it_was(overlaps: bool, tmp_path: Path) -> None:
+    """To an older request, which takes a block in every step: there is one more than both prompts need."""
+    path = tiny.build("qwen2", **SIZES).write(tmp_path / "tiny.gguf")
+    runtime = runtime_of(path, kv_block_size=1, context_length=256, max_batch=4)
+    scored = ask(200, 2, prompt_logprobs=True, num_logprobs=2)
+    (undisturbed,), num_rows = run(runtime, scored)
+    small = replace(runtime, allocator=PagedAllocator(210, 1))
+    (_, events), more_rows = run(small, ask(8, 9), scored, overlaps=overlaps)
+    assert sum(more_rows) >= sum(num_rows) + 9 + 2 * SCORE_ROWS, "nothing was computed twice"
+    assert told_first(events) == told_first(undisturbed)
