@@ -87,11 +87,13 @@ def stoppable() -> Iterator[None]:
         ignore_signals()
         raise Stopped
 
+    tell_unraisable = sys.unraisablehook
+
     def not_passed_on(what: sys.UnraisableHookArgs) -> None:
         if isinstance(what.exc_value, Stopped):
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
         else:
-            sys.__unraisablehook__(what)
+            tell_unraisable(what)
 
     for number in (*STOP_SIGNALS, signal.SIGALRM):
         signal.signal(number, stop)
@@ -100,7 +102,7 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        sys.unraisablehook = sys.__unraisablehook__
+        sys.unraisablehook = tell_unraisable
         ignore_signals()
 
 
