@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
 HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup wants it ignored
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *HANGUP)
-RETRY_S = 0.05
+RETRY_S = 0.05  # by then the callback that dropped the exception has ended
 
 
 class Stopped(KeyboardInterrupt):
@@ -108,6 +107,5 @@ def stoppable() -> Iterator[None]:
 
 def ignore_signals() -> None:
     """What is left to do is short and must not be cut: later signals change nothing."""
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

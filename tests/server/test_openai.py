@@ -580,6 +580,23 @@ def test_an_echo_is_scored(is_streamed: bool, max_tokens: int) -> None:
     }
 
 
+def test_others_get_their_turn_while_a_long_prompt_is_scored() -> None:
+    count = 200  # steps' worth that wait already
+    rig = rig_of(lambda _: [*(PromptLogprobs(i, [TokenLogprob(-1.0, [])]) for i in range(count)), 99, "max_tokens"])
+
+    async def turns() -> int:
+        body = {"prompt": "a" * count, "echo": True, "logprobs": 1, "max_tokens": 0}
+        task = asyncio.create_task(rig.acall("POST", "/v1/completions", body))
+        num_turns = 0
+        while not task.done():
+            await asyncio.sleep(0)
+            num_turns += 1
+        assert len(task.result().json["choices"][0]["logprobs"]["tokens"]) == count
+        return num_turns
+
+    assert asyncio.run(turns()) > count
+
+
 def test_models_texts_and_tokens() -> None:
     rig = rig_of()
     (model,) = rig.call("GET", "/v1/models").json["data"]

@@ -229,7 +229,7 @@ class Generation:
                 self._told_s = time.monotonic()
             case PromptLogprobs():
                 await self._write(self._answer.prompt(run, event))
-                await asyncio.sleep(0)  # many may wait, and to spell one takes as long as a hundred tokens
+                await asyncio.sleep(0)  # many may wait, of a step each; others get their turn between them
             case Finished():
                 await self._end(run, event.reason, round(event.timings.decode_ms, 3))
                 return True

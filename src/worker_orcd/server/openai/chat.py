@@ -70,13 +70,14 @@ class ChatAnswer(ChoicesAnswer):
 
     def _keep(self, choice: Choice) -> bytes:
         """Spelled as they come: those of a whole answer at once would hold up everyone."""
-        self._logprobs[choice.run.index] += self._spelling.chat(choice.take_scored())
+        if scored := choice.take_scored():
+            self._logprobs[choice.run.index] += self._spelling.chat(scored)
         return b""
 
     def _chunks(self, choice: Choice, pieces: list[Piece]) -> bytes:
         """One chunk a piece; the log-probabilities go with the first, or alone."""
         deltas = [_delta(piece) for piece in pieces]
-        logprobs = _logprobs(self._spelling.chat(choice.take_scored()))
+        logprobs = _logprobs(self._spelling.chat(scored)) if (scored := choice.take_scored()) else None
         if logprobs and not deltas:
             deltas = [{}]
         index = choice.run.index
@@ -95,13 +96,13 @@ class ChatAnswer(ChoicesAnswer):
         return {
             "index": choice.run.index,
             "message": message,
-            "logprobs": _logprobs(self._logprobs[choice.run.index], is_wanted=self._has_logprobs),
+            "logprobs": _logprobs(self._logprobs[choice.run.index]) if self._has_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
 
 
-def _logprobs(content: list[Any], is_wanted: bool = False) -> dict[str, Any] | None:
-    return {"content": content, "refusal": None} if content or is_wanted else None
+def _logprobs(content: list[Any]) -> dict[str, Any]:
+    return {"content": content, "refusal": None}
 
 
 def _delta(piece: Piece) -> dict[str, Any]:
