@@ -235,6 +235,26 @@ def check_parts(world: World, parts: list[int]) -> None:
         assert torch.equal(decode(world, chunks, DecodeLaunch(num_warps, num_slots)), alone)
     for num_parts in parts:
         check_same(decode(world, chunks, DecodeLaunch(2, 3, num_parts)), alone)
+    if world.form.head_dim <= 128:
+        splits = splits_of(world, chunks)
+        for num_warps in (2, 4):
+            check_same(decode(world, chunks, DecodeLaunch(num_warps, 8, splits, is_whole=True)), alone)
+
+
+def splits_of(world: World, chunks: list[Chunk]) -> int:
+    q = torch.empty(0)
+    return Call(q, q, *world.cache, pages_of(world, chunks), world.form, None).max_splits
+
+
+@on_cpu
+@pytest.mark.parametrize("case", ["plain", "window", "all", "group of 40"])
+def test_a_split_at_once_gives_the_bits_of_tile_after_tile(case: str) -> None:
+    form, has_sinks = VARIANTS[case]
+    world = build(form, [1, 63, 64, 65, 150, 256], 32, torch.float16, has_sinks)
+    chunks = [(s, len(q) - 1, len(q)) for s, q in enumerate(world.q)]
+    alone = decode(world, chunks, DecodeLaunch(1, 2))
+    for num_warps in (2, 4):
+        assert torch.equal(decode(world, chunks, DecodeLaunch(num_warps, 8, 1, is_whole=True)), alone)
 
 
 @on_cpu
@@ -247,11 +267,12 @@ def test_threads_in_any_order_give_the_same_bits(order: int) -> None:
     q = torch.cat([world.q[s][first:end] for s, first, end in chunks])
     alone = decode(world, chunks, DecodeLaunch(1, 2))
     check_same(alone, torch.stack([exact(world, s)[-1].float() for s in range(3)]), is_exact=False)
-    for num_warps, num_slots in ((1, 2), (2, 3), (4, 2), (4, 8)):
+    whole = DecodeLaunch(4, 8, splits_of(world, chunks), is_whole=True)
+    for launch in (*(DecodeLaunch(*how) for how in ((1, 2), (2, 3), (4, 2), (4, 8))), whole):
         out = torch.full_like(q, torch.nan)
         call = Call(out, q, *world.cache, pages_of(world, chunks), world.form, None)
-        flash.launch_decodes(call, DecodeLaunch(num_warps, num_slots))
-        assert torch.equal(out, alone), (num_warps, num_slots)
+        flash.launch_decodes(call, launch)
+        check_same(out, alone)
 
 
 @pytest.mark.parametrize("form", [SMALL, Form(6, 2, 48, 0.2)])

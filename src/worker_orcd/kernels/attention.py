@@ -100,6 +100,7 @@ class DecodeLaunch:
     num_warps: int  # of a block
     num_slots: int  # tiles of keys or values on their way or at work
     num_parts: int = 1  # blocks that share the splits of one row
+    is_whole: bool = False  # a block has one split, and a slot for each of its tiles: all at once
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class FlashAttention:
 def decode_source(head_dim: int, dtype: torch.dtype, block_size: int, launch: DecodeLaunch, ahead: int) -> Source:
     """dtype: of the cache; ahead: slices of sums fetched at once, 0: queries are there already."""
     options = defined(DIM=head_dim, KV_BITS=KV_BITS[dtype], BLOCK=block_size)
-    options += defined(WARPS=launch.num_warps, SLOTS=launch.num_slots)
+    options += defined(WARPS=launch.num_warps, SLOTS=launch.num_slots, IS_WHOLE=int(launch.is_whole))
     return Source("ops", "decode.cu", (*options, *defined(ROTATED=int(ahead > 0), AHEAD=ahead)))
 
 
@@ -254,8 +255,8 @@ def shared_bytes(form: Form, launch: DecodeLaunch, half: int = 0) -> int:
     """Of a block of decode.cu; `half` pairs of a head turn."""
     stride, tile, warps = 2 * form.head_dim + 16, _tile(form.head_dim), launch.num_warps
     shared = (launch.num_slots * tile + DECODE_ROWS) * stride + 4 * form.head_dim
-    if warps > 1:
-        shared += 16 * tile + 4 * warps * DECODE_ROWS  # weights and peaks
+    if warps > 1:  # weights and peaks
+        shared += (16 * tile + 4 * warps * DECODE_ROWS) * (SPLIT.value // tile if launch.is_whole else 1)
     return shared + 4 * (-(-2 * half // 4) * 4 + (min(DECODE_ROWS, form.group) + 2) * form.head_dim)
 
 
@@ -347,10 +348,10 @@ def decode_launch(form: Form, num_seqs: int, max_splits: int, card: Card) -> Dec
     room = min(card.shared_bytes, SHARED_PER_SM // per_sm - BLOCK_RESERVE)
     most = min(MOST_WARPS, _tile(form.head_dim) // 16)
     warps = most if per_sm <= FEW_BLOCKS else 2
-    slots = next(
-        (n for n in (MOST_SLOTS, 4) if shared_bytes(form, DecodeLaunch(warps, n), form.head_dim // 2) <= room), 2
-    )
-    return DecodeLaunch(warps, slots, num_parts)
+    has_all = warps > 1 and MOST_SLOTS * _tile(form.head_dim) == 2 * SPLIT.value and num_parts == max_splits
+    wanted = DecodeLaunch(warps, MOST_SLOTS, num_parts, has_all), DecodeLaunch(warps, 4, num_parts)
+    fitting = (launch for launch in wanted if shared_bytes(form, launch, form.head_dim // 2) <= room)
+    return next(fitting, DecodeLaunch(warps, 2, num_parts))
 
 
 def launch_prompts(call: Call, launch: PromptLaunch) -> None:

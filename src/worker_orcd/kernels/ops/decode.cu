@@ -4,8 +4,8 @@
 // A block of WARPS takes up to 8 query heads that share a key/value head through its part of the keys, TILE at a time.
 // Queries are rows of the first product, columns of the second, whose rows are the values' columns: so what leaves the
 // first is what the second takes, and neither has more than 8 rows of nobody. Warps share the keys of a tile for the
-// scores, and the columns for the weighted sum. Tiles of keys and of values take turns in SLOTS buffers; all but the
-// newest key are from earlier steps and are on their way before the kernel ahead has ended. With ROTATED queries, newest
+// scores, and the columns for the weighted sum. Tiles of keys and of values take turns in SLOTS buffers, or, with IS_WHOLE,
+// have one each, and a block has one split; all but the newest key are from earlier steps and are on their way before the kernel ahead has ended. With ROTATED queries, newest
 // key and value are made here from the projection's sums, as rope_store in rows.cu makes them; else they lie in q and
 // in the cache.
 #include "decode.cuh"
@@ -40,13 +40,16 @@ DEVICE void fold(State& run, const State& part) {
   }
 }
 
-// scores [own keys] of the queries and a tile of keys; of each four only the first two are of queries
-DEVICE void score(float (&s)[OWN_STEPS][2][4], u32 queries, u32 keys) {
+// scores [own keys] of the queries and N tiles of keys; of each four only the first two are of queries
+template <int N>
+DEVICE void score(float (&s)[N][OWN_STEPS][2][4], u32 queries, u32 keys) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 a_at = queries + (lane & 7) * STRIDE + (lane >> 3) * 16;
   const u32 b_at = keys + (warp * OWN_STEPS * 16 + (lane & 7) + (lane >> 4) * 8) * STRIDE + (lane >> 3 & 1) * 16;
 #pragma unroll
-  for (int i = 0; i < OWN_STEPS * 8; i++) s[i >> 3][i >> 2 & 1][i & 3] = 0.f;
+  for (int tile = 0; tile < N; tile++)
+#pragma unroll
+    for (int i = 0; i < OWN_STEPS * 8; i++) s[tile][i >> 3][i >> 2 & 1][i & 3] = 0.f;
   u32 rows[4];
 #pragma unroll
   for (int band = 0; band < BANDS; band++) {
@@ -54,18 +57,18 @@ DEVICE void score(float (&s)[OWN_STEPS][2][4], u32 queries, u32 keys) {
     const u32 a[4] = {rows[band % 2 * 2], 0, rows[band % 2 * 2 + 1], 0};
     u32 b[4];
 #pragma unroll
-    for (int step = 0; step < OWN_STEPS; step++) {
-      load_matrix4_ordered(b, b_at + step * 16 * STRIDE + band * 32);
-      mma_kv(s[step][0], a, b), mma_kv(s[step][1], a, b + 2);
+    for (int i = 0; i < N * OWN_STEPS; i++) {
+      const int tile = i / OWN_STEPS, step = i % OWN_STEPS;
+      load_matrix4_ordered(b, b_at + tile * SLOT_BYTES + step * 16 * STRIDE + band * 32);
+      mma_kv(s[tile][step][0], a, b), mma_kv(s[tile][step][1], a, b + 2);
     }
   }
 }
-// scores → weights, packed as the next product takes them; the state follows the new peaks. `limit`: the row's position
-DEVICE void weigh(float (&s)[OWN_STEPS][2][4], uint2 (&weights)[STEPS], State& state, const Form& form,
-                  const Shared& shared, int start, int limit) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
-  const float to_base_2 = form.soft_cap > 0.f ? LOG2_E : form.factor;
-  float peak = NOTHING, rescale[2];
+// Scores as they take part in the softmax: capped, and none of keys that are not seen. → the warp's own peak of query g.
+// `limit`: the row's position
+DEVICE float own_peak(float (&s)[OWN_STEPS][2][4], const Form& form, int start, int limit) {
+  const int warp = threadIdx.x >> 5, quad = threadIdx.x & 3;
+  float peak = NOTHING;
   if (form.soft_cap > 0.f) {
 #pragma unroll
     for (int i = 0; i < OWN_STEPS * 4; i++) {
@@ -86,15 +89,16 @@ DEVICE void weigh(float (&s)[OWN_STEPS][2][4], uint2 (&weights)[STEPS], State& s
   for (int i = 0; i < OWN_STEPS * 4; i++) peak = fmaxf(peak, s[i >> 2][i >> 1 & 1][i & 1]);
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes <<= 1) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, lanes));
-  if (WARPS > 1) {
-    if (quad == 0) shared.peaks[warp * ROWS + g] = peak;
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, shared.peaks[w * ROWS + g]);
-  }
-  const float now = fmaxf(state.peak, __fmul_rn(peak, to_base_2));
+  return peak;
+}
+DEVICE float to_base_2(const Form& form) { return form.soft_cap > 0.f ? LOG2_E : form.factor; }
+// The state's peak follows; what this takes from all that was added before.
+DEVICE void raise(State& state, float peak, float factor, float (&rescale)[2]) {
+  const float now = fmaxf(state.peak, __fmul_rn(peak, factor));
   by_column(power_of_2(__fsub_rn(state.peak, now)), rescale);
   state.peak = now;
+}
+DEVICE void scale(State& state, const float (&rescale)[2]) {
 #pragma unroll
   for (int e = 0; e < 2; e++) state.total[e] = __fmul_rn(state.total[e], rescale[e]);
 #pragma unroll
@@ -102,24 +106,42 @@ DEVICE void weigh(float (&s)[OWN_STEPS][2][4], uint2 (&weights)[STEPS], State& s
     float& own = state.acc[i >> 2][i & 3];
     own = __fmul_rn(own, rescale[i & 1]);
   }
+}
+// Scores → weights, packed as the next product takes them.
+DEVICE uint2 weights_of(const float (&s)[2][4], float factor, float peak) {
+  float w[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) w[i] = power_of_2(fmaf(s[i >> 1][i & 1], factor, -peak));
+  return make_uint2(pair(w[0], w[1]), pair(w[2], w[3]));
+}
+DEVICE void weigh(float (&s)[OWN_STEPS][2][4], uint2 (&weights)[STEPS], State& state, const Form& form,
+                  const Shared& shared, int start, int limit) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
+  float peak = own_peak(s, form, start, limit), rescale[2];
+  if (WARPS > 1) {
+    if (lane % 4 == 0) shared.peaks[warp * ROWS + g] = peak;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, shared.peaks[w * ROWS + g]);
+  }
+  raise(state, peak, to_base_2(form), rescale);
+  scale(state, rescale);
 #pragma unroll
   for (int step = 0; step < OWN_STEPS; step++) {
-    float w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = power_of_2(fmaf(s[step][i >> 1][i & 1], to_base_2, -now));
-    weights[step] = make_uint2(pair(w[0], w[1]), pair(w[2], w[3]));
+    weights[step] = weights_of(s[step], to_base_2(form), state.peak);
     if (WARPS > 1) shared.weights[(warp * OWN_STEPS + step) * 32 + lane] = weights[step];
   }
 }
-// state += weights · values, and the sum of the weights as a product with ones
-DEVICE void add_values(const uint2 (&weights)[STEPS], State& state, const Shared& shared, u32 values) {
+// state += weights · values, and the sum of the weights as a product with ones. With several warps the weights lie at
+// `given`, else they are the warp's own.
+DEVICE void add_values(const uint2 (&weights)[STEPS], const uint2* given, State& state, u32 values) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 a_at = values + ((lane & 7) + (lane >> 4) * 8) * STRIDE + (lane >> 3 & 1) * 16;
   const u32 ones[4] = {ONES, ONES, ONES, ONES};
   float totals[4] = {state.total[0], state.total[1], 0.f, 0.f};
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
-    const uint2 w = WARPS > 1 ? shared.weights[step * 32 + lane] : weights[step];
+    const uint2 w = WARPS > 1 ? given[step * 32 + lane] : weights[step];
     const u32 b[2] = {w.x, w.y};
     mma_kv(totals, ones, b);
 #pragma unroll
@@ -133,6 +155,76 @@ DEVICE void add_values(const uint2 (&weights)[STEPS], State& state, const Shared
   }
   state.total[0] = totals[0], state.total[1] = totals[1];
 }
+
+#if IS_WHOLE
+// The block's part is a split, whose keys and values all have a place: the scores of its tiles first, which do not depend on
+// each other, then their weights, then their values. Three barriers, not three for each tile.
+template <class F>
+DEVICE void attend(State& state, Stream& stream, const Form& form, const Shared& shared, F&& leave) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
+  const int tiles = stream.tiles(), newest = (stream.last - stream.low) / TILE;
+  const float factor = to_base_2(form);
+  float s[TILES][OWN_STEPS][2][4], rescale[TILES][2];
+  if (!tiles) return;
+  await_copies<TILES>();  // keys
+  sync_block();
+  stream.put_newest(newest);
+  score(s, shared.queries, shared.slots);  // of tiles that are not there, too: nobody asks for these
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    if (tile == tiles) break;
+    const float peak = own_peak(s[tile], form, stream.low + tile * TILE, stream.last);
+    if (lane % 4 == 0) shared.peaks[(tile * WARPS + warp) * ROWS + g] = peak;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    if (tile == tiles) break;
+    float peak = NOTHING;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, shared.peaks[(tile * WARPS + w) * ROWS + g]);
+    raise(state, peak, factor, rescale[tile]);
+#pragma unroll
+    for (int step = 0; step < OWN_STEPS; step++)
+      shared.weights[(tile * STEPS + warp * OWN_STEPS + step) * 32 + lane] = weights_of(s[tile][step], factor, state.peak);
+  }
+  await_copies<0>();  // values
+  sync_block();
+  stream.put_newest(TILES + newest);
+  const uint2 none[STEPS] = {};
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    if (tile == tiles) break;
+    scale(state, rescale[tile]);
+    add_values(none, shared.weights + tile * STEPS * 32, state, stream.place(TILES + tile));
+  }
+  leave(stream.high);
+}
+#else
+// Tile after tile; `leave(end)` is called when a split is done.
+template <class F>
+DEVICE void attend(State& state, Stream& stream, const Form& form, const Shared& shared, F&& leave) {
+  const int items = stream.tiles() * 2;
+  float s[1][OWN_STEPS][2][4];
+  uint2 weights[STEPS];
+  auto await_item = [&](int item) {  // the place of the item before it has been read, and takes the next
+    if (item && item + SLOTS - 1 < items) sync_block();
+    if (item) stream.begin(item + SLOTS - 1);
+    await_copies<SLOTS - 1>();
+    sync_block();
+    stream.put_newest(item);
+    return stream.place(item);
+  };
+#pragma unroll 1
+  for (int item = 0; item < items; item += 2) {
+    const int start = stream.start_of(item), end = start + TILE;
+    score(s, shared.queries, await_item(item));
+    weigh(s[0], weights, state, form, shared, start, stream.last);
+    add_values(weights, shared.weights, state, await_item(item + 1));
+    if (end % SPLIT == 0 || end >= stream.high) leave(end);
+  }
+}
+#endif
 
 // Each pair of columns of the rows this block has: a lane gives one of its two queries away for another column.
 template <class F>
@@ -214,25 +306,11 @@ decode(void* __restrict__ out,
   Cache cache = {k_cache, v_cache, block_table + (u64)seq * form.table_width};
   cache.token_elems = form.kv_heads * DIM, cache.head = kv_head * DIM;
 
-  int low = form.window ? max(0, context_len - form.window) / TILE * TILE : 0, high = context_len;
+  int low = form.window ? max(0, context_len - form.window) / TILE * TILE : 0, high = is_alone ? context_len : low;
   if (partials) take_part(low, high);
-  const int items = is_alone && low < high ? (high - low + TILE - 1) / TILE * 2 : 0;  // tiles of keys and of values
-  int blocks[2], window = low;  // the window's blocks, and its first position: in whole tiles from `low`
-  auto begin_item = [&](int item) {
-    if (item < items) {
-      const int start = low + (item >> 1) * TILE;
-      if (start + TILE > window / BLOCK * BLOCK + WINDOW) window = start, find_blocks(cache, window, high, blocks);
-      const u16* from = item & 1 ? cache.v : cache.k;
-      const u32 slot = here.slots + item % SLOTS * SLOT_BYTES;
-      const int number = start / BLOCK - window / BLOCK;
-      fetch(cache, from, blocks, number, start, last, slot);
-    }
-    close_copies();
-  };
-  find_blocks(cache, low, items ? high : 0, blocks);
-#pragma unroll 1
-  for (int item = 0; item < SLOTS; item++) begin_item(item);
-  const bool has_newest = low <= last && last < high;
+  Stream stream = {cache, shared, here.newest, low, high, last};
+  stream.begin();
+  const bool has_newest = stream.has_newest();
   const u64 newest_block = has_newest ? fresh(cache.table + last / BLOCK) : 0;
   const u64 newest_at = (newest_block * BLOCK + last % BLOCK) * cache.token_elems + cache.head;
 #if ROTATED
@@ -262,35 +340,13 @@ decode(void* __restrict__ out,
 
   State state, run;
   clear(state), clear(run);
-  float s[OWN_STEPS][2][4];
-  uint2 weights[STEPS];
-  auto await_item = [&](int item) {  // the slot of the item before it has been read, and takes the next
-    if (item && item + SLOTS - 1 < items) sync_block();
-    if (item) begin_item(item + SLOTS - 1);
-    await_copies<SLOTS - 1>();
-    sync_block();
-    const int row = last - low - (item >> 1) * TILE;
-    if (has_newest && row < TILE) {
-      for (int i = threadIdx.x; i < CHUNKS; i += THREADS)
-        *(uint4*)(shared + item % SLOTS * SLOT_BYTES + row * STRIDE + i * 16) =
-            ((const uint4*)here.newest)[(item & 1) * CHUNKS + i];
-      sync_block();
-    }
-    return here.slots + item % SLOTS * SLOT_BYTES;
-  };
-  const u64 num_splits = ((u64)form.table_width * BLOCK + SPLIT - 1) / SPLIT;
-#pragma unroll 1
-  for (int item = 0; item < items; item += 2) {
-    const int start = low + (item >> 1) * TILE, end = start + TILE;
-    score(s, here.queries, await_item(item));
-    weigh(s, weights, state, form, here, start, last);
-    add_values(weights, state, here, await_item(item + 1));
-    if (end % SPLIT && end < high) continue;
+  attend(state, stream, form, here, [&](int end) {
+    const u64 num_splits = ((u64)form.table_width * BLOCK + SPLIT - 1) / SPLIT;
     const u64 row = (u64)seq * form.heads + first, num_rows = (u64)num_seqs * form.heads;
     if (partials) store_partial(state, partials, row, num_rows, num_splits, (end - 1) / SPLIT, own);
     else fold(run, state);
     clear(state);
-  }
+  });
   if (partials) return;
 
   if (sinks) {

@@ -16,6 +16,7 @@ constexpr u32 ONES = 0x3F803F80u;
 constexpr int SPLIT = 256, TILE = DIM <= 128 ? 64 : 32, ROWS = 8, THREADS = WARPS * 32;
 constexpr int CHUNKS = DIM / 8, STRIDE = DIM * 2 + 16;  // of a row: 16-byte pieces, and bytes; 8 rows share no bank
 constexpr int SLOT_BYTES = TILE * STRIDE, STEPS = TILE / 16, OWN_STEPS = STEPS / WARPS;  // of 16 keys
+constexpr int TILES = IS_WHOLE ? SPLIT / TILE : 1;  // whose peaks and weights are kept
 constexpr int LANES = CHUNKS & -CHUNKS, FETCHED = THREADS / LANES;  // threads that copy a row, rows copied at once
 constexpr int BANDS = DIM / 16, OWN_BANDS = (BANDS + WARPS - 1) / WARPS;                 // of 16 columns
 constexpr float LOWEST = -1e30f, LOG2_E = 1.4426950408889634f;
@@ -43,8 +44,8 @@ DEVICE Shared lay_out(char* memory, const Form& form) {  // `shared_bytes` in at
   Shared s;
   s.slots = shared_address(memory), s.queries = s.slots + SLOTS * SLOT_BYTES;
   s.rows = memory + SLOTS * SLOT_BYTES, s.newest = (u16*)(s.rows + ROWS * STRIDE);
-  s.weights = (uint2*)(s.newest + 2 * DIM), s.peaks = (float*)(s.weights + (WARPS > 1 ? STEPS * 32 : 0));
-  s.angles = s.peaks + (WARPS > 1 ? WARPS * ROWS : 0), s.made = s.angles + (2 * form.half + 3) / 4 * 4;
+  s.weights = (uint2*)(s.newest + 2 * DIM), s.peaks = (float*)(s.weights + (WARPS > 1 ? TILES * STEPS * 32 : 0));
+  s.angles = s.peaks + (WARPS > 1 ? TILES * WARPS * ROWS : 0), s.made = s.angles + (2 * form.half + 3) / 4 * 4;
   return s;
 }
 
@@ -85,6 +86,47 @@ DEVICE void fetch(const Cache& cache, const u16* from, const int* blocks, int nu
     at += step;
   }
 }
+
+// A block's tiles of keys and values on their way through SLOTS places, each as an item: of a tile the keys, then the
+// values, or, with IS_WHOLE, all keys first.
+struct Stream {
+  Cache cache;
+  char* shared;
+  const u16* newest;      // key and value, once they are made
+  int low, high, last;    // positions of the block's part, in whole tiles from `low`; the row's own
+  int window, blocks[2];  // a window's first position, and its blocks
+
+  DEVICE bool has_newest() const { return low <= last && last < high; }
+  DEVICE int tiles() const { return low < high ? (high - low + TILE - 1) / TILE : 0; }
+  DEVICE int start_of(int item) const { return low + (IS_WHOLE ? item % TILES : item >> 1) * TILE; }
+  DEVICE bool is_value(int item) const { return IS_WHOLE ? item / TILES : item & 1; }
+  DEVICE u32 place(int item) const { return shared_address(shared) + item % SLOTS * SLOT_BYTES; }
+
+  DEVICE void begin() {
+    window = low, find_blocks(cache, low, low < high ? high : 0, blocks);
+#pragma unroll 1
+    for (int item = 0; item < SLOTS; item++) begin(item);
+  }
+  DEVICE void begin(int item) {
+    const int start = start_of(item);
+    if (start < high) {
+      if (start < window || start + TILE > window / BLOCK * BLOCK + WINDOW)
+        window = start, find_blocks(cache, window, high, blocks);
+      const int number = start / BLOCK - window / BLOCK;
+      fetch(cache, is_value(item) ? cache.v : cache.k, blocks, number, start, last, place(item));
+    }
+    close_copies();
+  }
+  // The newest key or value among the others of its tile, whose copies are there.
+  DEVICE void put_newest(int item) {
+    const int row = last - start_of(item);
+    if (!has_newest() || row >= TILE) return;
+    char* to = shared + item % SLOTS * SLOT_BYTES + row * STRIDE;
+    for (int i = threadIdx.x; i < CHUNKS; i += THREADS)
+      *(uint4*)(to + i * 16) = ((const uint4*)newest)[is_value(item) * CHUNKS + i];
+    sync_block();
+  }
+};
 
 DEVICE void load_angles(const Shared& to, const Form& form, const float* cos, const float* sin, int position) {
   for (int i = threadIdx.x; i < form.half; i += THREADS) {
