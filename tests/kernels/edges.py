@@ -20,7 +20,7 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.attention import Form
 from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
-from worker_orcd.kernels.ops.experts import ExpertOps
+from worker_orcd.kernels.ops.experts import ExpertOps, Routing
 from worker_orcd.kernels.ops.ops import Ops, Part
 from worker_orcd.kernels.ops.sample import banned_bits, sample
 from worker_orcd.quant import tiles
@@ -99,16 +99,35 @@ class Edges:
             sums = Linear(self.gpu).pair(self.ops.to_image(self.random(num_rows, k)), num_rows, first, second)
             assert all(y.isfinite().all() for y in sums)
 
+    def routing(self, num_rows: int) -> Routing:
+        return ExpertOps(self.gpu, self.ops).route([Part(self.random(1, num_rows, 5))], 5, 3, num_rows == 9)
+
     def experts(self, kind: GgmlType, k: int) -> None:
         experts, matrix = ExpertOps(self.gpu, self.ops), self.matrix(kind, 48, k, 5)
         for num_rows in (1, 9, 70):
             if num_rows > self.most_rows:
                 continue
-            routing = experts.route([Part(self.random(1, num_rows, 5))], 5, 3, num_rows == 9)
+            routing = self.routing(num_rows)
             image = experts.spread(self.ops.to_image(self.random(num_rows, k)), routing)
             given = experts.multiply(image, matrix, self.random(5 * 48), routing)
             assert experts.combine(given, routing).isfinite().all()
             self.ops.activate([given, given], 48, "clamped")
+        self.made(kind, k)
+
+    def made(self, kind: GgmlType, k: int) -> None:
+        """Operands of one row that products make: of a matrix, and of experts."""
+        experts, routing = ExpertOps(self.gpu, self.ops), self.routing(1)
+        for slices in (1, 2):
+            matrix, many = self.matrix(kind, 136, k), self.matrix(kind, 48, k, 5)
+            matrix = replace(matrix, plan=replace(matrix.plan, slices=slices))
+            gate_up = [Part(self.random(3, 1, k), self.random(k)), Part(self.random(2, 1, k))]
+            sums = Linear(self.gpu).of_sums(gate_up, "silu", True, matrix)
+            assert sums is not None
+            assert self.ops.total([Part(sums)]).isfinite().all()
+            places = Part(self.random(slices, routing.num_places, 2 * k), self.random(5 * 2 * k), routing.experts)
+            given = experts.of_sums([places], "clamped", many, None, routing)
+            assert given is not None
+            assert experts.combine(given, routing).isfinite().all()
 
     def layer(self) -> None:
         """What stands between the products."""

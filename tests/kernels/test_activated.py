@@ -187,21 +187,21 @@ def test_a_backend_takes_one_launch_where_it_can(hopper: Gpu, monkeypatch: pytes
     gate, up = (backend.pack(raw, Q4_K, (192, 256)) for raw in raws)
     joined = backend.join([gate, up])
     assert joined is not None
-    x, rows = random(hopper, 40, 256), torch.arange(40)
-    launched = watch(hopper, monkeypatch)
+    down = backend.pack(random_raw(Q8_0, 64, 192, str(hopper.device)), Q8_0, (64, 192))
+    x, launched, names = random(hopper, 40, 256), watch(hopper, monkeypatch), list[str]()
 
     def found(rows: Tensor, *weights: object) -> Tensor:
         operand = Operand(backend._ops.to_image(rows), *rows.shape)
         launched.clear()
-        given = backend.up(operand, tuple((weight, None) for weight in weights), "silu")  # type: ignore[misc]
-        assert (given.num_rows, given.width) == (len(rows), 192)
-        return given.data
+        given = backend.mlp(operand, tuple((w, None) for w in weights), ((down, None),), "silu")  # type: ignore[misc]
+        names[:] = launched
+        return backend.total(given)
 
-    whole = rows_of(found(x, joined), rows)
-    assert launched == ["qgemm"]
-    assert torch.equal(rows_of(found(x, gate, up), rows), whole)
-    assert torch.equal(rows_of(found(x[:5], joined), rows[:5]), whole[:5])
-    assert launched == ["qmm", "activate"]
+    whole = found(x, joined)
+    assert names == ["qgemm", "qgemm"]
+    assert torch.equal(found(x, gate, up), whole)
+    assert torch.equal(found(x[:5], joined), whole[:5])
+    assert names == ["qmm", "activate", "qmm"]
 
 
 def test_experts_of_a_backend_take_one_launch_where_they_can(hopper: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

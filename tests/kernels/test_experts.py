@@ -70,7 +70,9 @@ def check_places(routing: Routing, counts: list[int]) -> None:
             assert experts[place] == (owners[unit] if place in places else -1)
 
 
-@pytest.mark.parametrize(("num_experts", "used", "num_rows"), [(4, 1, 3), (32, 4, 9), (60, 4, 40), (200, 8, 5)])
+@pytest.mark.parametrize(
+    ("num_experts", "used", "num_rows"), [(4, 1, 3), (32, 4, 9), (60, 4, 40), (200, 8, 5), (32, 4, 1), (200, 16, 1)]
+)
 @pytest.mark.parametrize("over_chosen", [False, True])
 def test_route(num_experts: int, used: int, num_rows: int, over_chosen: bool, gpu: Gpu) -> None:
     scores = random(gpu, num_rows, num_experts)

@@ -13,8 +13,8 @@ from worker_orcd.kernels import nvrtc
 from worker_orcd.kernels.attention import DecodeLaunch, decode_source
 from worker_orcd.kernels.gpu import Card
 from worker_orcd.kernels.linear.linear import kernel_of, pair_kernel_of
-from worker_orcd.kernels.linear.plan import FewTokens, ManyTokens, plan_linear, plan_pair
-from worker_orcd.kernels.ops.ops import KV_BITS, embed_source
+from worker_orcd.kernels.linear.plan import FewTokens, Made, ManyTokens, plan_linear, plan_pair
+from worker_orcd.kernels.ops.ops import KV_BITS, Activation, embed_source
 from worker_orcd.kernels.ops.sample import SOURCE
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.format import FORMATS
@@ -65,6 +65,16 @@ def test_a_matmul_with_an_activation_compiles(num_rows: int, activation: str) ->
 
 
 @EVERY_CARD
+@pytest.mark.parametrize(("activation", "ups"), [("silu", 2), ("gelu", 0), ("gelu_tanh", 3), ("clamped", 3)])
+def test_a_matmul_that_makes_its_operand_compiles(activation: Activation, ups: int, arch: str) -> None:
+    plan, card = plan_linear(4096, 4096, GgmlType.Q4_K), CARDS[arch]
+    variant = plan.making(plan.variant(1, card), Made(activation, 2, ups), card)
+    assert variant is not None
+    source, name = kernel_of(plan.type, variant, grouped=activation == "clamped")
+    assert name.encode() in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
+
+
+@EVERY_CARD
 @pytest.mark.parametrize("num_rows", [1, 16])
 def test_a_pair_compiles(num_rows: int, arch: str) -> None:
     """q and k beside v, as files of Llama 8B store them."""
@@ -97,10 +107,19 @@ def test_the_other_kernels_compile(name: str, options: tuple[str, ...], arch: st
 
 
 @EVERY_CARD
-@pytest.mark.parametrize(("head_dim", "num_warps", "ahead"), [(128, 2, 4), (80, 4, 0), (256, 1, 8)])
-def test_attention_of_decodes_compiles(head_dim: int, num_warps: int, ahead: int, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "launch", "ahead"),
+    [
+        (128, DecodeLaunch(2, 2), 4),
+        (80, DecodeLaunch(4, 2), 0),
+        (256, DecodeLaunch(1, 2), 8),
+        (96, DecodeLaunch(4, 8, 1, is_whole=True), 3),
+        (128, DecodeLaunch(2, 8, 1, is_whole=True), 0),
+    ],
+)
+def test_attention_of_decodes_compiles(head_dim: int, launch: DecodeLaunch, ahead: int, arch: str) -> None:
     dtype = torch.float16 if ahead else torch.bfloat16
-    source = decode_source(head_dim, dtype, 32, DecodeLaunch(num_warps, 2), ahead)
+    source = decode_source(head_dim, dtype, 32, launch, ahead)
     assert b"decode" in nvrtc.compile_cubin(source.text, source.headers, source.options, arch)
 
 

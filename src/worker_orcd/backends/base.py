@@ -216,12 +216,12 @@ class Backend(Protocol):
         """
         ...
 
-    def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
-        """act(gate) · up for the first and the second half of the products: [T, K] → [T, F] (arXiv:2002.05202).
+    def mlp(self, x: Operand, up: Projection, down: Projection, kind: Activation, is_gated: bool = True) -> Sums:
+        """down · (act(gate) · up), for the first and the second half of the products with `up` (arXiv:2002.05202).
 
-        Not gated: act(up). "silu" is x · σ(x); "gelu" x · Φ(x), and "gelu_tanh" its approximation x · σ(2u),
-        u = √(2/π) (x + 0.044715 x³) (arXiv:1606.08415). "clamped", always gated, is σ(1.702 gate) · gate · (up + 1),
-        with gate at most 7 and up within ±7 (arXiv:2508.10925).
+        [T, K] → [T, K]. Not gated: down · act(up). "silu" is x · σ(x); "gelu" x · Φ(x), and "gelu_tanh" its
+        approximation x · σ(2u), u = √(2/π) (x + 0.044715 x³) (arXiv:1606.08415). "clamped", always gated, is
+        σ(1.702 gate) · gate · (up + 1), with gate at most 7 and up within ±7 (arXiv:2508.10925).
         """
         ...
 

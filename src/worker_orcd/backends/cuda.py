@@ -172,44 +172,52 @@ class CudaBackend:
         self._flash.attend(q, kv.k, kv.v, _pages(batch), _form(spec), spec.sinks, image)
         return _operand(image, num_rows, width)
 
-    def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
-        width, image = sum(weight.shape[0] for weight, _ in projection) // (1 + is_gated), None
-        if is_gated and len(projection) == 1:
-            ((weight, bias),) = projection
+    def mlp(self, x: Operand, up: Projection, down: Projection, kind: Activation, is_gated: bool = True) -> Sums:
+        """One launch for each projection where its shape and the number of rows allow it, else one between them."""
+        width, image = sum(weight.shape[0] for weight, _ in up) // (1 + is_gated), None
+        if is_gated and len(up) == 1:
+            ((weight, bias),) = up
             image = self._linear.up(x.data, x.num_rows, _matrix(weight), bias, kind)
         if image is None:
-            image = self._ops.activate(_parts(self.linear(x, projection)), width, kind, is_gated)
-        return _operand(image, x.num_rows, width)
+            gate_up = _parts(self.linear(x, up))
+            if len(down) == 1:
+                ((weight, bias),) = down
+                y = self._linear.of_sums(gate_up, kind, is_gated, _matrix(weight))
+                if y is not None:
+                    return (base.Part(y, bias),)
+            image = self._ops.activate(gate_up, width, kind, is_gated)
+        return self.linear(_operand(image, x.num_rows, width), down)
 
     def experts(self, x: Operand, experts: Experts) -> Sums:
         scores = _parts(self.linear(x, experts.router))
         routing = self._experts.route(scores, experts.num_experts, experts.num_used, experts.is_normalized)
         spread = self._experts.spread(x.data, routing)
-        image = self._up(spread, experts, routing)
-        ((down, bias),) = experts.down
-        given = self._experts.multiply(image, _own_matrix(down, experts), bias, routing)
+        given = self._mlp(spread, experts, routing)
         y = self._experts.combine(given, routing)
         shared = self._shared(x, experts)
         return (base.Part(y[None] if shared is None else torch.stack([y, shared]), None),)
 
-    def _up(self, spread: Tensor, experts: Experts, routing: Routing) -> Tensor:
-        """As `up`, each place by its expert."""
+    def _mlp(self, spread: Tensor, experts: Experts, routing: Routing) -> ops.Part:
+        """As `mlp`, each place by its expert."""
         matrices = [(_own_matrix(weight, experts), bias) for weight, bias in experts.gate_up]
+        ((weight, bias),) = experts.down
+        down, kind, image = _own_matrix(weight, experts), experts.activation, None
         if len(matrices) == 1:
-            image = self._experts.up(spread, *matrices[0], routing, experts.activation)
-            if image is not None:
-                return image
-        gate_up = [self._experts.multiply(spread, matrix, bias, routing) for matrix, bias in matrices]
-        width = sum(part.slices.shape[2] for part in gate_up) // 2
-        return self._ops.activate(gate_up, width, experts.activation, places=routing.places)
+            image = self._experts.up(spread, *matrices[0], routing, kind)
+        if image is None:
+            gate_up = [self._experts.multiply(spread, matrix, bias, routing) for matrix, bias in matrices]
+            given = self._experts.of_sums(gate_up, kind, down, bias, routing)
+            if given is not None:
+                return given
+            image = self._ops.activate(gate_up, down.shape[1], kind, places=routing.places)
+        return self._experts.multiply(image, down, bias, routing)
 
     def _shared(self, x: Operand, experts: Experts) -> Tensor | None:
         shared = experts.shared
         if shared is None:
             return None
-        h = self.up(x, shared.gate_up, experts.activation)
-        gate = sigmoid(self.total(self.linear(x, shared.gate)))
-        return self.total(self.linear(h, shared.down)) * gate
+        y = self.mlp(x, shared.gate_up, shared.down, experts.activation)
+        return self.total(y) * sigmoid(self.total(self.linear(x, shared.gate)))
 
 
 def _matrix(weight: base.PackedWeight) -> TiledMatrix:

@@ -121,8 +121,8 @@ class TorchBackend:
         kv.v.view(-1, *kv.v.shape[2:])[batch.slots] = v.to(kv.v.dtype)
         return _rotate(q, cos, sin, rope)
 
-    def up(self, x: Operand, projection: Projection, kind: Activation, is_gated: bool = True) -> Operand:
-        return self.activate(self.linear(x, projection), kind, is_gated)
+    def mlp(self, x: Operand, up: Projection, down: Projection, kind: Activation, is_gated: bool = True) -> Sums:
+        return self.linear(self.activate(self.linear(x, up), kind, is_gated), down)
 
     def activate(self, gate_up: Sums, kind: Activation, is_gated: bool = True) -> Operand:
         x = self.total(gate_up)
@@ -151,7 +151,7 @@ class TorchBackend:
         return (Part(out, None),)
 
     def _mlp(self, x: Operand, gate_up: Projection, down: Projection, activation: Activation) -> Tensor:
-        return self.total(self.linear(self.up(x, gate_up, activation), down))
+        return self.total(self.mlp(x, gate_up, down, activation))
 
 
 def _operand(x: Tensor) -> Operand:

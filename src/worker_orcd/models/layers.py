@@ -62,7 +62,7 @@ class DenseMlp:
     is_gated: bool
 
     def __call__(self, h: Operand) -> Sums:
-        return self.backend.linear(self.backend.up(h, self.up, self.activation, self.is_gated), self.down)
+        return self.backend.mlp(h, self.up, self.down, self.activation, self.is_gated)
 
 
 @dataclass(frozen=True)

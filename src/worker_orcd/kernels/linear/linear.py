@@ -6,6 +6,7 @@ and qgemm add in the same order, and mma.sync and wgmma give equal bits (`check_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -20,6 +21,7 @@ from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import (
     FewTokens,
     LinearPlan,
+    Made,
     ManyTokens,
     Variant,
     even_share,
@@ -89,7 +91,7 @@ class Linear:
     """The matmuls on one GPU."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
+        self._gpu, self._ops = gpu, Ops(gpu)
         self._begun = set[tuple[LinearPlan, Activation]]()  # those whose kernels are being compiled
 
     def __call__(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> Tensor:
@@ -156,8 +158,33 @@ class Linear:
             if bias.shape != matrix.shape[:1]:
                 raise ValueError(f"a bias {tuple(bias.shape)} for {matrix.shape[0]} rows of a matrix")
         out = image.new_empty(image_shape(num_rows, matrix.shape[0] // 2))
-        self._multiply(image, num_rows, matrix, variant, out, [bias])
+        self._multiply((image, image.shape[1]), num_rows, matrix, variant, out, [bias])
         return out
+
+    def of_sums(
+        self, gate_up: Sequence[Part], kind: Activation, is_gated: bool, matrix: TiledMatrix
+    ) -> Tensor | None:
+        """act(gate) · up times `matrix`, in one launch; the bits of a call with the image that Ops.activate makes.
+
+        None where that takes two: with more than one row, which a block could not make in the time.
+        """
+        if gate_up[0].slices.shape[1] > 1:
+            return None
+        card, plan = self._gpu.card, matrix.plan
+        variant = plan.making(plan.variant(1, card), made_of(gate_up, kind, is_gated), card)
+        if variant is None:
+            return None
+        out = torch.empty(plan.slices, 1, matrix.shape[0], device=self._gpu.device)
+        self.multiply_sums(gate_up, matrix, variant, out)
+        return out
+
+    def multiply_sums(self, gate_up: Sequence[Part], matrix: TiledMatrix, variant: FewTokens, out: Tensor) -> None:
+        """As `of_sums`, by a variant that makes its operand."""
+        assert variant.made is not None
+        made, width = variant.made, matrix.shape[1]
+        sums = self._ops.halves(gate_up, width, made.activation, made.up_numbers > 0)
+        self._gpu.require(matrix.tiles, dtype=torch.uint8)
+        self._multiply((sums, width), out.shape[1], matrix, variant, out, [])
 
     def compile_ahead(self, matrix: TiledMatrix) -> None:
         """Begin to compile what `matrix` will need, on other threads."""
@@ -180,17 +207,18 @@ class Linear:
 
     def multiply(self, image: Tensor, matrix: TiledMatrix, variant: Variant, out: Tensor) -> None:
         """Write the slices' results [slices, T, N], or [1, T, N] where the variant adds them itself."""
-        self._multiply(image, out.shape[1], matrix, variant, out, [])
+        self._multiply((image, image.shape[1]), out.shape[1], matrix, variant, out, [])
 
     def _multiply(
-        self, image: Tensor, num_rows: int, matrix: TiledMatrix, variant: Variant, out: Tensor, more: list[Argument]
-    ) -> None:
-        """`more` is what the variant's activation needs."""
+        self, operand: tuple[Argument, int], num_rows: int, matrix: TiledMatrix, variant: Variant, out: Tensor,
+        more: list[Argument],
+    ) -> None:  # fmt: skip
+        """`operand`: an image and its groups, or what it is made of and its width. `more`: for an activation."""
         n, depth, slices = matrix.shape[0], matrix.depth, matrix.plan.slices
         turns = -(-num_rows // (8 * variant.groups))
         source, name = kernel_of(matrix.type, variant, matrix.has_half)
         shared = matrix.plan.shared_bytes(variant)  # qmm's follows the longest slice
-        args: list[Argument] = [matrix.tiles, image, out, n, depth, num_rows, image.shape[1]]
+        args: list[Argument] = [matrix.tiles, operand[0], out, n, depth, num_rows, operand[1]]
         if isinstance(variant, FewTokens):
             most = max(1, variant.ctas * self._gpu.num_sms // (slices * turns))
             grid = min(most, -(-matrix.tiles.shape[0] // variant.warps)), slices, turns
@@ -214,6 +242,12 @@ def consumer_registers(variant: ManyTokens) -> int:
     threads = (variant.warpgroups + 1) * 128
     launched = min(255, REGISTERS_PER_SM // (variant.ctas * threads)) // 8 * 8  # as the compiler is told
     return min(240, (launched * threads - PRODUCER_REGISTERS * 128) // (variant.warpgroups * 128) // 8 * 8)
+
+
+def made_of(gate_up: Sequence[Part], kind: Activation, is_gated: bool = True) -> Made:
+    """An operand of these sums: of gate and up side by side in one part, or in two; not gated: of up alone."""
+    numbers = [len(part.slices) + (part.bias is not None) for part in gate_up]
+    return Made(kind, numbers[0], numbers[-1] if is_gated else 0)
 
 
 @lru_cache(maxsize=1024)
@@ -251,7 +285,11 @@ def kernel_of(type: GgmlType, variant: Variant, has_half: bool = False, grouped:
         EARLY=int(variant.early),
         TILES_IN_SHARED=int(not variant.has_tiles_in_registers),
         GROUPED=int(grouped),
+        MADE=int(variant.made is not None),
     )
+    if made := variant.made:
+        options += defined(ACTIVATION=made.activation.upper(), GATED=int(made.up_numbers > 0))
+        options += defined(GATE_NUMBERS=made.gate_numbers, UP_NUMBERS=made.up_numbers)
     return Source("linear", "qmm.cu", options), "qmm"
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.gpu import Card
 from worker_orcd.quant.tiles import TILE_K, tile_bytes, tile_grid
+
+if TYPE_CHECKING:
+    from worker_orcd.kernels.ops.ops import Activation
 
 MULTIPROCESSORS = 132  # the slices are chosen for; a constant, so that they do not depend on the card
 WARPS_PER_SM = 16  # strips times slices aimed at, per multiprocessor, with 128 registers a thread
@@ -28,7 +32,21 @@ WIDE_STRIPS = 64
 ENOUGH_BLOCKS = MULTIPROCESSORS // 2  # of qgemm to go through the slices one after the other
 BLOCK_RESERVE = 1024  # bytes of shared memory that each block takes beyond its own
 MOST_SHARED = 8  # blocks of a multiprocessor, beyond which no care is taken that all have as many
+MOST_NUMBERS = 12  # of a column of an operand that is made: four columns of them are in registers
 SAMPLE_TOKENS = (1, 16, *(2**i for i in range(5, 16)))  # numbers of tokens that meet every variant of a plan
+
+
+@dataclass(frozen=True)
+class Made:
+    """An operand of one row that the blocks of qmm.cu make themselves: act(gate) · up of what a matmul left."""
+
+    activation: Activation
+    gate_numbers: int  # of each column that are added up: its slices, and a bias where there is one
+    up_numbers: int  # 0: act(gate) alone
+
+    @property
+    def numbers(self) -> int:
+        return self.gate_numbers + self.up_numbers
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,7 @@ class FewTokens:
     early: bool  # the first tile is expanded before the kernel ahead has ended
     has_tiles_in_registers: bool = False  # else in shared memory
     is_long: bool = False  # for long slices: x is waited for tile by tile, and the loop is unrolled
+    made: Made | None = None  # x, for one token; else it is copied from an image
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,10 @@ class LinearPlan:
             sums = 256 * variant.tokens * variant.warpgroups if variant.has_shared_sums else 0
             pieces, buffers = ring(self.type, variant)
             return 3072 + 128 * variant.tokens * pieces * buffers + sums + tiles
-        return 1024 + self.longest_slice_tiles * TILE_K[self.type] // 64 * variant.groups * 1024 + tiles
+        inputs = self.longest_slice_tiles * TILE_K[self.type]
+        if variant.made is not None:
+            return 1024 + inputs * (2 + 4 * variant.made.numbers) + tiles
+        return 1024 + inputs * 16 * variant.groups + tiles
 
     def is_whole(self, variant: Variant) -> bool:
         """Whether a variant leaves sums, not one partial sum a slice."""
@@ -119,6 +141,14 @@ class LinearPlan:
         if variant.tokens == 256:
             variant = replace(variant, depth=2, stages=3)
         return replace(variant, sequential=True, activation=kind)
+
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def making(self, variant: Variant, made: Made, card: Card) -> FewTokens | None:
+        """`variant` with an operand that it makes, for one token; None where there is no room for what that takes."""
+        if not isinstance(variant, FewTokens) or variant.groups > 1 or made.numbers > MOST_NUMBERS:
+            return None
+        wanted = [replace(variant, made=made, ctas=ctas) for ctas in range(variant.ctas, 0, -1)]
+        return next((variant for variant in wanted if self.fits(variant, card)), None)
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def variant(self, num_tokens: int, card: Card) -> Variant:

@@ -3,68 +3,17 @@
 // Every warp is on its own: it streams strips of 16 rows from device memory (see tiles.cuh) and multiplies them by this
 // CTA's slice of x, which lies in shared memory. The first tiles are fetched, and with EARLY one is expanded, before the
 // previous kernel has ended: weights do not depend on it.
-// grid (CTAs that share the strips, one for each at least, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS, WARPS, DEPTH,
-// CTAS (per multiprocessor), EARLY, LONG, TILES_IN_SHARED. Sums are taken in the same order at every value of these but the
-// slices. With LONG x is waited for tile by tile, not all of it, and places of tiles are known when this is compiled: more
-// code, which is worth it for long slices only.
+// grid (CTAs that share the strips, one for each at least, K slices, groups of 8 GROUPS tokens); compile-time FORMAT, GROUPS,
+// WARPS, DEPTH, CTAS (per multiprocessor), EARLY, LONG, TILES_IN_SHARED, MADE. Sums are taken in the same order at every value
+// of these but the slices. With LONG x is waited for tile by tile, not all of it, and places of tiles are known when this is
+// compiled: more code, which is worth it for long slices only.
 // With GROUPED the matrix is that of many experts, one under the other, and `owners` names for each 8 GROUPS `share` rows
-// of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows.
-// HALF_END: see weight.cuh. With SECOND, another format, there is `qmm_pair` instead: two matrices times the same x.
+// of x the expert they belong to, or -1 where there are none; N, nk and T8 are those of one expert and of all rows. With
+// `share` 0 there is but one row, and each owner takes it.
+// MADE: see operand.cuh; HALF_END: see weight.cuh. With SECOND, another format, there is `qmm_pair` instead: two matrices
+// times the same x.
+#include "operand.cuh"
 #include "tiles.cuh"
-
-// x image -> shared memory: pieces of 64 inputs, in each this CTA's token groups
-constexpr int PIECE_BYTES = GROUPS * GROUP_BYTES;
-#if HOPPER
-// By one thread: of barriers that lanes make at once the compiled kernel says that there is one, and racecheck, which goes by
-// that, takes a tile of x for a race.
-DEVICE void make_barriers(u32 barriers, int count) {
-#pragma unroll 1
-  for (int i = 0; i < count; i++) barrier_init(barriers + i * 8, 1);
-  barrier_init_done();
-}
-// By the first warp. Its loops are not unrolled: a step of a model is faster with less code.
-DEVICE void begin_x(u32 to, const char* from, int pieces, int T8, u32 barriers) {
-#if LONG
-#pragma unroll 1
-  for (int c = threadIdx.x * STAGES_X; c < pieces; c += 32 * STAGES_X) {  // x of a tile, which has its own barrier
-    const u32 barrier = barriers + c / STAGES_X * 8;
-    barrier_expect(barrier, STAGES_X * PIECE_BYTES);
-    if (T8 == GROUPS)
-      bulk_copy(to + c * PIECE_BYTES, from + c * PIECE_BYTES, STAGES_X * PIECE_BYTES, barrier);
-    else
-#pragma unroll 1
-      for (int i = c; i < c + STAGES_X; i++)
-        bulk_copy(to + i * PIECE_BYTES, from + (u64)i * T8 * GROUP_BYTES, PIECE_BYTES, barrier);
-  }
-#else
-  if (threadIdx.x == 0) {
-    barrier_expect(barriers, pieces * PIECE_BYTES);
-    if (T8 == GROUPS) bulk_copy(to, from, pieces * PIECE_BYTES, barriers);
-  }
-  __syncwarp();
-  if (T8 != GROUPS)
-#pragma unroll 1
-    for (int c = threadIdx.x; c < pieces; c += 32)
-      bulk_copy(to + c * PIECE_BYTES, from + (u64)c * T8 * GROUP_BYTES, PIECE_BYTES, barriers);
-#endif
-}
-struct TilesOfX {  // with LONG, those of a slice, which come one after the other and then stay
-  u32 barriers;
-  int count;
-  bool is_there = false;  // the next one; asked for early, as the answer takes its time
-  DEVICE void await(int tile) {
-    if (!is_there) barrier_wait(barriers + tile * 8, 0);
-    is_there = barrier_is_past(barriers + (tile + 1 < count ? tile + 1 : 0) * 8, 0);
-  }
-};
-#else
-DEVICE void load_x(u32 to, const char* from, int pieces, int T8) {  // by all
-  for (int i = threadIdx.x * 16; i < pieces * PIECE_BYTES; i += WARPS * 512)
-    copy16(to + i, from + (u64)(i / PIECE_BYTES) * T8 * GROUP_BYTES + i % PIECE_BYTES);
-  copies_done();
-  __syncthreads();
-}
-#endif
 
 template <class Weight>
 struct Expanded {  // a tile's operands
@@ -95,35 +44,27 @@ struct Share {  // what a CTA takes of a matrix: strips block, block + blocks ..
   int block, blocks, slice, slices;
 };
 
-// w: tiles [strips][nk]; x: image [nk STAGES_X][T8][8 tokens][8 units of 16 bytes, unit ^ token]; y: [slices][T][N]
+// w: tiles [strips][nk]; y: [slices][T][N]
 template <class Weight>
-DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int T, int T8, Share share) {
+DEVICE void multiply(const char* w, const Operand& operand, float* y, int N, int nk, int T, Share share) {
   extern __shared__ __align__(1024) char shared[];
   constexpr int CHUNKS = Weight::TILE_K / 128, STAGES_X = Weight::TILE_K / 64;
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be warp-uniform
-  const int S = share.slices, slice = share.slice, z = blockIdx.z;
+  const int S = share.slices, slice = share.slice;
   const int k0 = nk * slice / S, nt = nk * (slice + 1) / S - k0, pieces = nt * STAGES_X;
   const int strips = (N + 15) / 16, step = share.blocks * WARPS;
   int strip = share.block * WARPS + warp;
   const int total = strip < strips ? (strips - strip + step - 1) / step * nt : 0;  // tiles of this warp
 
   using Source = Tiles<Weight, DEPTH, LONG>;
-  const u32 barriers = shared_address(shared), xs = barriers + 1024;
   const u64 each = strip_bytes<Weight>(nk);
   const Path path = {w + strip * each + (u64)k0 * Weight::TILE_BYTES, step * each - (u64)nt * Weight::TILE_BYTES, nt,
                      nk - k0 - nt};
+  OperandSlice<Weight> x = {operand, shared, k0, nt};
   Source tiles;
-  tiles.begin(path, total, shared + 1024 + pieces * GROUPS * GROUP_BYTES + warp * Source::BYTES);
+  tiles.begin(path, total, shared + x.bytes() + warp * Source::BYTES);
   start_next_kernel();
-  x += ((u64)k0 * STAGES_X * T8 + z * GROUPS) * GROUP_BYTES;
-#if HOPPER
-  if (threadIdx.x == 0) make_barriers(barriers, LONG ? nt : 1);
-  __syncthreads();
-  if (warp == 0) {  // x is asked for as soon as it is there, no matter how far the weights are
-    await_previous_kernel();
-    begin_x(xs, x, pieces, T8, barriers);
-  }
-#endif
+  x.begin();
 #if EARLY
   Expanded<Weight> ready;
   if (total) {
@@ -131,27 +72,18 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
     tiles.refill(0);
   }
 #endif
-#if !HOPPER
-  load_x(xs, x, pieces, T8);
-#elif !LONG
-  barrier_wait(barriers, 0);
-#endif
+  x.await();
 
   float acc[GROUPS][4];
 #pragma unroll
   for (int n = 0; n < GROUPS; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
-  u32 xa = xs + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+  u32 xa = own_part(shared_address(shared) + BEFORE_X);
   int done = 0;
-#if HOPPER && LONG
-  TilesOfX tiles_of_x = {barriers, nt};
-#endif
 
   auto compute = [&](Weight& r, bool first) {
-#if HOPPER && LONG
-    tiles_of_x.await(done);
-#endif
+    x.await_tile(done);
     asm volatile("" : "+r"(xa)::"memory");  // ldmatrix is no volatile asm: it must not move above the wait
 #pragma unroll
     for (int h = 0; h < CHUNKS; h++) {
@@ -161,7 +93,7 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
         u32 b[GROUPS][4], even[4], odd[4];
 #pragma unroll
         for (int n = 0; n < GROUPS; n++)
-          load_matrix4(b[n], (xa ^ ((p & 1) * 64)) + ((h * 2 + (p >> 1)) * GROUPS + n) * GROUP_BYTES);
+          load_matrix4(b[n], (xa ^ ((p & 1) * 64)) + (h * 2 + (p >> 1)) * PIECE_BYTES + n * GROUP_BYTES);
 #if EARLY
         if (first) {
 #pragma unroll
@@ -175,10 +107,10 @@ DEVICE void multiply(const char* w, const char* x, float* y, int N, int nk, int 
         for (int n = 0; n < GROUPS; n++) mma(acc[n], odd, b[n] + 2);
       }
     }
-    xa += STAGES_X * GROUPS * GROUP_BYTES;
+    xa += STAGES_X * PIECE_BYTES;
     if (++done == nt) {
       store_sums(acc, Weight::SCALE, y + (u64)slice * T * N, strip, T, N);  // this slice of these 16 rows is complete
-      done = 0, xa -= pieces * GROUPS * GROUP_BYTES, strip += step;
+      done = 0, xa -= pieces * PIECE_BYTES, strip += step;
     }
   };
 
@@ -204,25 +136,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 qmm_pair(const char* __restrict__ w, float* __restrict__ y, int N, int nk, int slices, int blocks,
          const char* __restrict__ w2, float* __restrict__ y2, int N2, int nk2, int slices2, int blocks2,
          const char* __restrict__ x, int T, int T8) {
+  const Operand operand = {x, T8, (int)blockIdx.z * GROUPS};
   const int i = blockIdx.x, j = i - blocks * slices;
   if (j < 0)
-    multiply<FORMAT>(w, x, y, N, nk, T, T8, {i % blocks, blocks, i / blocks, slices});
+    multiply<FORMAT>(w, operand, y, N, nk, T, {i % blocks, blocks, i / blocks, slices});
   else
-    multiply<SECOND>(w2, x, y2, N2, nk2, T, T8, {j % blocks2, blocks2, j / blocks2, slices2});
+    multiply<SECOND>(w2, operand, y2, N2, nk2, T, {j % blocks2, blocks2, j / blocks2, slices2});
 }
 #else
 extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
+#if MADE
+qmm(const char* __restrict__ w, const __grid_constant__ Sums x, float* __restrict__ y, int N, int nk, int T, int F
+#else
 qmm(const char* __restrict__ w, const char* __restrict__ x, float* __restrict__ y, int N, int nk, int T, int T8
+#endif
 #if GROUPED
     , const int* __restrict__ owners, int share
 #endif
 ) {
+  int group = blockIdx.z * GROUPS;
 #if GROUPED
-  const int owner = fresh(owners + blockIdx.z / share);  // known before the kernel ahead: see `spread` in ops/experts.cu
+  // Known before the kernel ahead, see `spread` in ops/experts.cu; one row is not spread.
+  if (!share) await_previous_kernel(), group = 0;
+  const int owner = fresh(owners + (share ? blockIdx.z / share : blockIdx.z));
   if (owner < 0) return;
   w += (u64)owner * ((N + 15) / 16) * strip_bytes<Weight>(nk);
 #endif
+#if MADE
+  const Operand operand = {x, F, T, (int)blockIdx.z * 8};
+#else
+  const Operand operand = {x, T8, group};
+#endif
   const Share mine = {(int)blockIdx.x, (int)gridDim.x, (int)blockIdx.y, (int)gridDim.y};
-  multiply<Weight>(w, x, y, N, nk, T, T8, mine);
+  multiply<Weight>(w, operand, y, N, nk, T, mine);
 }
 #endif

@@ -122,6 +122,21 @@ route_and_arrange(const __grid_constant__ Sums scores, int* chosen, float* weigh
   arrange_pairs(chosen, places, experts, owners, filled, T * USED, units);
 }
 
+// A single row: slot i has unit i, of 8 rows, to itself. As many units as slots. grid (1), 32 threads
+extern "C" __global__ void __launch_bounds__(32)
+route_alone(const __grid_constant__ Sums scores, int* chosen, float* weights, int* places, int* experts, int* owners,
+            int* filled, int over_chosen) {
+  start_next_kernel();
+  await_previous_kernel();
+  route_row(scores, chosen, weights, 0, 1, over_chosen);
+  __syncwarp();
+  for (int i = threadIdx.x; i < USED * 8; i += 32) {
+    const int slot = i >> 3, is_first = i % 8 == 0, owner = chosen[slot];
+    experts[i] = is_first ? owner : -1;
+    if (is_first) places[slot] = i, owners[slot] = owner, filled[slot] = 1;
+  }
+}
+
 // Copy each row's image to the places of its pairs, EACH times 16 bytes a thread. grid (ceil(units of a row / 64 EACH),
 // pairs). The next kernel starts when this one has waited, so whatever comes after it finds the owners of the units and
 // all else about places complete.

@@ -18,8 +18,15 @@ from torch import Tensor
 
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
-from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of
-from worker_orcd.kernels.linear.plan import MULTIPROCESSORS, WARPS_PER_SM, FewTokens, LinearPlan, ManyTokens, Variant
+from worker_orcd.kernels.linear.linear import TiledMatrix, kernel_of, made_of
+from worker_orcd.kernels.linear.plan import (
+    MULTIPROCESSORS,
+    WARPS_PER_SM,
+    FewTokens,
+    LinearPlan,
+    ManyTokens,
+    Variant,
+)
 from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import tile_bytes
@@ -103,6 +110,11 @@ class Routing:
         return len(self.experts)
 
     @property
+    def is_single(self) -> bool:
+        """One row, which its experts take as it is: each has a unit of its own, the row its first."""
+        return len(self.weights) == 1 and self.regions[0].unit == 8
+
+    @property
     def share(self) -> float:
         """Of the experts, that a row takes."""
         return self.weights.shape[1] / self.num_experts
@@ -140,7 +152,9 @@ class ExpertOps:
         weights = torch.empty(num_rows, num_used, device=self._gpu.device)
         source, where = experts_source(num_experts, num_used), [places, experts, owners, filled]
         args: list[Argument] = [sums, chosen, weights]
-        if 0 < num_rows <= TOGETHER_ROWS:
+        if num_rows == 1 and (small, large, num_units) == (0, 8, num_used):
+            self._gpu.launch(source, "route_alone", Work((1, 1, 1), 32), [*args, *where, int(over_chosen)])
+        elif 0 < num_rows <= TOGETHER_ROWS:
             args += [*where, num_rows, int(over_chosen), units]
             self._gpu.launch(source, "route_and_arrange", Work((1, 1, 1), ARRANGERS), args)
         else:
@@ -155,11 +169,13 @@ class ExpertOps:
         return Routing(weights, places, experts, owners, used, num_experts, source)
 
     def spread(self, image: Tensor, routing: Routing) -> Tensor:
-        """The image of T rows → that of P places."""
+        """The image of T rows → that of P places; that of one row stays as it is, for all its experts."""
         pieces, groups = image.shape[:2]
         self._gpu.require(image, dtype=torch.bfloat16)
         if image.shape[2:] != (8, 64) or groups * 8 < len(routing.weights):
             raise ValueError(f"an image {tuple(image.shape)} for {len(routing.weights)} rows")
+        if routing.is_single and groups == 1:
+            return image
         out = image.new_empty(pieces, routing.num_places // 8, 8, 64)
         args: list[Argument] = [image, out, routing.places, pieces * 8, groups, out.shape[1]]
         pairs = len(routing.places)
@@ -176,6 +192,26 @@ class ExpertOps:
         count = 1 if all(matrix.plan.is_whole(how.variant) for how in hows) else matrix.plan.slices
         out = torch.empty(count, routing.num_places, matrix.shape[0], device=self._gpu.device)
         self._launch(image, matrix, hows, out, routing, [])
+        return Part(out, bias, routing.experts)
+
+    def of_sums(
+        self, gate_up: Sequence[Part], kind: Activation, matrix: TiledMatrix, bias: Tensor | None, routing: Routing
+    ) -> Part | None:
+        """act(gate) · up of each place times the matrix of its expert, in one launch; the same bits.
+
+        None where that takes two: with more than one row.
+        """
+        if not routing.is_single:
+            return None
+        self._check_matrix(matrix, bias, routing)
+        made, (region,) = made_of(gate_up, kind), routing.regions
+        how = self._choose(matrix, region.unit, routing)
+        variant = matrix.plan.making(how.variant, made, self._gpu.card)
+        if variant is None:
+            return None
+        sums = self._ops.halves(gate_up, matrix.shape[1], kind, is_gated=True)
+        out = torch.empty(matrix.plan.slices, routing.num_places, matrix.shape[0], device=self._gpu.device)
+        self._launch_region(matrix, how._replace(variant=variant), (sums, matrix.shape[1], out), region, 0, [])
         return Part(out, bias, routing.experts)
 
     def up(
@@ -200,15 +236,21 @@ class ExpertOps:
         return out
 
     def _check(self, image: Tensor, matrix: TiledMatrix, bias: Tensor | None, routing: Routing) -> None:
-        n = matrix.shape[0]
-        if image.shape[0] != -(-matrix.shape[1] // 256) * 4 or image.shape[1] * 8 < routing.num_places:
+        is_alone = routing.is_single and image.shape[1] == 1
+        if image.shape[0] != -(-matrix.shape[1] // 256) * 4 or (
+            image.shape[1] * 8 < routing.num_places and not is_alone
+        ):
             raise ValueError(f"an image {tuple(image.shape)} for {routing.num_places} rows of {matrix.shape[1]}")
+        self._gpu.require(image, dtype=torch.bfloat16)
+        self._check_matrix(matrix, bias, routing)
+
+    def _check_matrix(self, matrix: TiledMatrix, bias: Tensor | None, routing: Routing) -> None:
+        n = matrix.shape[0]
         if matrix.count != routing.num_experts or (bias is not None and bias.shape != (matrix.count * n,)):
             found = None if bias is None else tuple(bias.shape)
             raise ValueError(
                 f"{matrix.count} matrices of {n} rows and a bias {found} for {routing.num_experts} experts"
             )
-        self._gpu.require(image, dtype=torch.bfloat16)
         self._gpu.require(matrix.tiles, dtype=torch.uint8)
 
     def _launch(
@@ -221,22 +263,25 @@ class ExpertOps:
         rows = 8 if out.ndim == 4 else 1  # of a step of `out`
         for i, (region, how) in enumerate(zip(routing.regions, hows, strict=True)):
             turn = i + 1 if len(hows) > 1 else 0
-            operands = image[:, region.first // 8 :], out[:, region.first // rows :]
-            self._launch_region(matrix, how, operands, region, turn, more)
+            groups = image.stride(0) // (8 * 64)  # of the whole image; sums are whole where there are two regions
+            operands = image[:, region.first // 8 :], groups, out[:, region.first // rows :]
+            is_alone = routing.is_single and groups == 1
+            self._launch_region(matrix, how, operands, region, turn, more, is_alone)
 
     def _launch_region(
-        self, matrix: TiledMatrix, how: Grouped, operands: tuple[Tensor, Tensor], region: Region, turn: int,
-        more: list[Argument],
+        self, matrix: TiledMatrix, how: Grouped, operands: tuple[Argument, int, Tensor], region: Region, turn: int,
+        more: list[Argument], is_alone: bool = False,
     ) -> None:  # fmt: skip
-        (n, _), (variant, blocks) = matrix.shape, how
-        slices, units, share = matrix.plan.slices, len(region.owners), region.unit // (8 * variant.groups)
+        """`operands`: an image and its groups, or what it is made of and its width; where the sums go."""
+        (n, _), (variant, blocks), (image, groups, out) = matrix.shape, how, operands
+        slices, units = matrix.plan.slices, len(region.owners)
         source, name = kernel_of(matrix.type, variant, matrix.has_half, grouped=True)
-        groups = operands[0].stride(0) // (8 * 64)  # of the whole image; sums are whole where there are two regions
-        args: list[Argument] = [matrix.tiles, *operands, n, matrix.depth, region.num_places, groups]
+        args: list[Argument] = [matrix.tiles, image, out, n, matrix.depth, region.num_places, groups]
         shared = matrix.plan.shared_bytes(variant)
         if isinstance(variant, FewTokens):
+            share = region.unit // (8 * variant.groups)
             work = Work((blocks, slices, units * share), variant.warps * 32, shared)
-            self._gpu.launch(source, name, work, [*args, region.owners, share])
+            self._gpu.launch(source, name, work, [*args, region.owners, 0 if is_alone else share])
         else:
             side_by_side = 1 if variant.sequential else slices
             work = Work((blocks, side_by_side, units), variant.warpgroups * 128 + 128, shared)

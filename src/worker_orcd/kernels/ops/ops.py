@@ -131,13 +131,8 @@ class Ops:
 
         places i32: the rows that are wanted; others are left as they are.
         """
-        num_rows = gate_up[0].slices.shape[1]
-        if width % 4 or len(gate_up) > 2 or (len(gate_up) == 2 and gate_up[0].slices.shape[2] != width):
-            raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in gate_up]}")
-        if kind == "clamped" and not is_gated:
-            raise ValueError("the clamped activation has a gate")
+        num_rows, sums = gate_up[0].slices.shape[1], self.gate_up(gate_up, width, kind, is_gated)
         image = self.image(num_rows, width)
-        sums = self.sums(gate_up, num_rows, (1 + is_gated) * width)
         source = rows_source(ACTIVATION=kind.upper(), GATED=int(is_gated), AHEAD=slices_ahead(gate_up))
         wanted = num_rows
         if places is not None:
@@ -197,6 +192,23 @@ class Ops:
     def image(self, num_rows: int, width: int) -> Tensor:
         """Room for one; who fills it also writes the zeros that pad its inputs."""
         return torch.empty(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
+
+    def halves(self, parts: Sequence[Part], width: int, kind: Activation, is_gated: bool) -> ctypes.Structure:
+        """As `gate_up`, with a part of its own for each of gate and up."""
+        found = self.gate_up(parts, width, kind, is_gated)
+        if is_gated and len(parts) == 1:
+            gate, (slices, bias, _) = found.part[0], parts[0]
+            up = None if bias is None else bias[width:].data_ptr()
+            found.part[1] = _Part(slices[:, :, width:].data_ptr(), up, gate.experts, gate.width, gate.count)
+        return found
+
+    def gate_up(self, parts: Sequence[Part], width: int, kind: Activation, is_gated: bool) -> ctypes.Structure:
+        """What an activation of `width` columns is made of; not gated: of up alone."""
+        if width % 4 or len(parts) > 2 or (len(parts) == 2 and parts[0].slices.shape[2] != width):
+            raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in parts]}")
+        if kind == "clamped" and not is_gated:
+            raise ValueError("the clamped activation has a gate")
+        return self.sums(parts, parts[0].slices.shape[1], (1 + is_gated) * width)
 
     def sums(self, parts: Sequence[Part], num_rows: int, width: int) -> ctypes.Structure:
         if not 0 < len(parts) <= MAX_PARTS or sum(part.slices.shape[2] for part in parts) != width:
