@@ -32,9 +32,12 @@ from worker_orcd.kernels.attention import (  # noqa: E402
     Pages,
     PromptLaunch,
     Unrotated,
+    decode_launch,
+    decode_source,
 )
 from worker_orcd.kernels.gpu import Gpu  # noqa: E402
 from worker_orcd.kernels.ops.ops import Ops, Part, image_shape  # noqa: E402
+from worker_orcd.kernels.source import Source  # noqa: E402
 
 on_cpu = pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled here, not interpreted")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU")
@@ -531,3 +534,16 @@ def test_padding_and_a_captured_batch() -> None:
     pages.block_table.copy_(fresh.block_table)
     graph.replay()
     assert torch.equal(out, torch.cat([rows[-1:] for rows in all_rows(world)]))
+
+
+@pytest.mark.parametrize("form", [SMALL, PHI, QWEN])
+def test_all_decodes_are_compiled_before_they_come(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, begun = FLASH._gpu, set[Source]()
+    world = build(form, [3], 16, torch.float16)
+    monkeypatch.setattr(gpu, "compile_ahead", begun.add)
+    monkeypatch.setattr(gpu, "launch", lambda *_: None)
+    flash = FlashAttention(gpu, Ops(gpu))
+    flash.attend(world.q[0][-1:], *world.cache, pages_of(world, [(0, 2, 3)]), form)
+    for num_seqs, splits in ((1, 1), (3, 3), (5, 1), (16, 40), (100, 2), (150, 9), (256, 300)):
+        launch = decode_launch(form, num_seqs, splits, gpu.card)
+        assert decode_source(form.head_dim, torch.float16, 16, launch, 0) in begun

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 
@@ -43,6 +43,7 @@ KV_TYPES = (torch.float16, torch.bfloat16)
 PROGRAMS = 512  # decode blocks wanted
 SHARED_PER_SM = 227 * 1024  # bytes, of which blocks of a multiprocessor take a part each
 MOST_SLOTS = 8  # a split of keys and values
+MOST_SEQS, SAMPLE_SPLITS = 256, (1, 2, 4, 16, 64, 512)  # that meet every launch
 MOST_WARPS, FEW_BLOCKS = 4, 4  # of a block; on a multiprocessor, as decode.cu sees to
 
 
@@ -234,12 +235,13 @@ class FlashAttention:
             _launch_fold(call, partials)
 
     def _begin(self, call: Call, ahead: int) -> None:
-        """Begin to compile for other numbers of sequences: they will come, and it would hold up a step then."""
+        """Begin to compile for other numbers of sequences and splits: they will come, and hold up a step then."""
         if (key := (call.form, call.k.dtype, ahead)) in self._begun:
             return
         self._begun.add(key)
-        for num_seqs, slices in product((1, 32, 64, 256), {ahead, min(ahead, 1)}):
-            launch = decode_launch(call.form, num_seqs, 1, self._gpu.card)
+        coming = product(range(1, MOST_SEQS + 1), SAMPLE_SPLITS)
+        launches = {replace(decode_launch(call.form, *n, self._gpu.card), num_parts=1) for n in coming}
+        for launch, slices in product(launches, {ahead, min(ahead, 1)}):
             self._gpu.compile_ahead(decode_source(call.form.head_dim, call.k.dtype, call.k.shape[1], launch, slices))
 
 
@@ -335,7 +337,7 @@ def prompt_launch(form: Form) -> PromptLaunch:
     return PromptLaunch(max(64, triton.next_power_of_2(form.group)), 4 if form.head_dim <= WIDE_HEAD else 8, stages)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def decode_launch(form: Form, num_seqs: int, max_splits: int, card: Card) -> DecodeLaunch:
     """`benchmarks/bench_attention.py --sweep` compares it with others.
 
