@@ -19,17 +19,19 @@ from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu, Work
 from worker_orcd.kernels.linear.plan import (
+    SAMPLE_TOKENS,
     FewTokens,
     LinearPlan,
     Made,
     ManyTokens,
+    Pair,
     Variant,
     even_share,
     plan_linear,
     plan_pair,
     ring,
 )
-from worker_orcd.kernels.ops.ops import Activation, Ops, Part, image_shape
+from worker_orcd.kernels.ops.ops import Activation, Ops, Part, activate_source, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import TILE_ROWS, fits_half, packed_shape, strip_bytes, tile_grid
 
@@ -93,6 +95,7 @@ class Linear:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._ops = gpu, Ops(gpu)
         self._begun = set[tuple[LinearPlan, Activation]]()  # those whose kernels are being compiled
+        self._begun_pairs = set[tuple[LinearPlan, LinearPlan]]()
 
     def __call__(self, image: Tensor, num_rows: int, matrix: TiledMatrix) -> Tensor:
         """An operand's image for `num_rows` rows → the sums of the slices, f32 [slices, T, N].
@@ -115,7 +118,8 @@ class Linear:
 
         Raises ValueError as a call does.
         """
-        pair = plan_pair(first.plan, second.plan, num_rows, self._gpu.card, self._gpu.num_sms)
+        pair = self._pair(first, second, num_rows)
+        self._begin_pairs(first, second)
         if pair is None or first.has_half != second.has_half:
             return self(image, num_rows, first), self(image, num_rows, second)
         self._check(image, num_rows, first)
@@ -130,6 +134,19 @@ class Linear:
         work = Work((blocks, 1, -(-num_rows // (8 * variant.groups))), variant.warps * 32, pair.shared_bytes)
         self._gpu.launch(source, name, work, [*args, image, num_rows, image.shape[1]])
         return outs[0], outs[1]
+
+    def _pair(self, first: TiledMatrix, second: TiledMatrix, num_rows: int) -> Pair | None:
+        return plan_pair(first.plan, second.plan, num_rows, self._gpu.card, self._gpu.num_sms)
+
+    def _begin_pairs(self, first: TiledMatrix, second: TiledMatrix) -> None:
+        """Begin to compile for all numbers of rows that take one launch."""
+        if (key := (first.plan, second.plan)) in self._begun_pairs:
+            return
+        self._begun_pairs.add(key)
+        for num_rows in SAMPLE_TOKENS:
+            if pair := self._pair(first, second, num_rows):
+                source, _ = pair_kernel_of(first.type, second.type, pair.variant, first.has_half)
+                self._gpu.compile_ahead(source)
 
     def up(
         self, image: Tensor, num_rows: int, matrix: TiledMatrix, bias: Tensor | None, kind: Activation
@@ -174,6 +191,7 @@ class Linear:
         variant = plan.making(plan.variant(1, card), made_of(gate_up, kind, is_gated), card)
         if variant is None:
             return None
+        self._gpu.compile_ahead(activate_source(gate_up, kind, is_gated))  # what more rows will take
         out = torch.empty(plan.slices, 1, matrix.shape[0], device=self._gpu.device)
         self.multiply_sums(gate_up, matrix, variant, out)
         return out

@@ -27,7 +27,7 @@ from worker_orcd.kernels.linear.plan import (
     ManyTokens,
     Variant,
 )
-from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, image_shape
+from worker_orcd.kernels.ops.ops import MAX_GRID_Y, ROW_THREADS, Activation, Ops, Part, activate_source, image_shape
 from worker_orcd.kernels.source import Source, defined
 from worker_orcd.quant.tiles import tile_bytes
 
@@ -209,6 +209,7 @@ class ExpertOps:
         variant = matrix.plan.making(how.variant, made, self._gpu.card)
         if variant is None:
             return None
+        self._gpu.compile_ahead(activate_source(gate_up, kind))  # what more rows will take
         sums = self._ops.halves(gate_up, matrix.shape[1], kind, is_gated=True)
         out = torch.empty(matrix.plan.slices, routing.num_places, matrix.shape[0], device=self._gpu.device)
         self._launch_region(matrix, how._replace(variant=variant), (sums, matrix.shape[1], out), region, 0, [])

@@ -117,8 +117,7 @@ class Ops:
         args: list[Argument] = [self.sums(qkv, num_rows, (num_heads + 2 * num_kv_heads) * dim)]
         args += [*(self._norm(norm, dim) for norm in norms), q, *cache, *table, *at]
         args += [num_rows, num_heads, num_kv_heads, half]
-        stored, ahead = KV_BITS[cache[0].dtype], slices_ahead(qkv)
-        source = rows_source(DIM=dim, KV_BITS=stored, INTERLEAVED=int(interleaved), AHEAD=ahead)
+        source = rope_source(qkv, dim, cache[0].dtype, interleaved)
         blocks = -(-(num_heads + 2 * num_kv_heads) // HEADS_PER_BLOCK)
         self.rows(source, "rope_store", blocks, num_rows, HEADS_PER_BLOCK * 32, args)
         return q
@@ -133,7 +132,7 @@ class Ops:
         """
         num_rows, sums = gate_up[0].slices.shape[1], self.gate_up(gate_up, width, kind, is_gated)
         image = self.image(num_rows, width)
-        source = rows_source(ACTIVATION=kind.upper(), GATED=int(is_gated), AHEAD=slices_ahead(gate_up))
+        source = activate_source(gate_up, kind, is_gated)
         wanted = num_rows
         if places is not None:
             self._gpu.require(places, dtype=torch.int32)
@@ -267,6 +266,15 @@ def slices_ahead(parts: Sequence[Part], most: int = MOST_AHEAD) -> int:
     """How many slices a kernel fetches at once: all, while there are few; each number is a kernel of its own."""
     slices = max([part.slices.shape[0] for part in parts], default=1)
     return min(most, slices if slices > MOST_AHEAD else 1 << (slices - 1).bit_length())
+
+
+def activate_source(gate_up: Sequence[Part], kind: Activation, is_gated: bool = True) -> Source:
+    return rows_source(ACTIVATION=kind.upper(), GATED=int(is_gated), AHEAD=slices_ahead(gate_up))
+
+
+def rope_source(qkv: Sequence[Part], head_dim: int, stored: torch.dtype, interleaved: bool) -> Source:
+    ahead = slices_ahead(qkv)
+    return rows_source(DIM=head_dim, KV_BITS=KV_BITS[stored], INTERLEAVED=int(interleaved), AHEAD=ahead)
 
 
 @lru_cache(maxsize=256)
