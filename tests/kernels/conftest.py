@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from tests.kernels.emulator.gpu import EmulatedGpu
-from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.driver import Argument
+from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.source import Source
 
 HAS_GPU = torch.cuda.is_available()
 NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU needs g++")
@@ -27,3 +30,16 @@ NOT_INTERPRETED = pytest.mark.skipif(
 )
 def gpu(request: pytest.FixtureRequest) -> Gpu:
     return EmulatedGpu() if request.param == "emulated" else Gpu(torch.device("cuda", 0))
+
+
+def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched from now on."""
+    launched: list[str] = []
+    launch = gpu.launch
+
+    def watched(source: Source, name: str, work: Work, args: Sequence[Argument]) -> None:
+        launched.append(name)
+        launch(source, name, work, args)
+
+    monkeypatch.setattr(gpu, "launch", watched)
+    return launched

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.conftest import NO_COMPILER, NO_GPU
+from tests.kernels.conftest import NO_COMPILER, NO_GPU, watch
 from tests.kernels.emulator.gpu import EmulatedGpu
 from tests.kernels.weights import random_raw
 from worker_orcd.backends.base import Experts, Operand
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
-from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
 from worker_orcd.kernels.linear.plan import ManyTokens, plan_linear
 from worker_orcd.kernels.ops.experts import ExpertOps, Grouped
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part
-from worker_orcd.kernels.source import Source
 from worker_orcd.quant.repack import pack
 
 Q4_K, Q8_0, MXFP4 = GgmlType.Q4_K, GgmlType.Q8_0, GgmlType.MXFP4
@@ -149,19 +147,6 @@ def test_slices_of_experts_may_lie_side_by_side(unit: int, hopper: Gpu) -> None:
     sums = [experts.multiply(image, matrix, None, routing, how) for how in (None, apart)]
     assert [len(part.slices) for part in sums] == [1, 3]
     assert torch.equal(*(experts.combine(part, routing) for part in sums))
-
-
-def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched from now on."""
-    launched: list[str] = []
-    launch = gpu.launch
-
-    def watched(source: Source, name: str, work: Work, args: Sequence[Argument]) -> None:
-        launched.append(name)
-        launch(source, name, work, args)
-
-    monkeypatch.setattr(gpu, "launch", watched)
-    return launched
 
 
 @pytest.mark.parametrize(("sizes", "turns"), [((0, 16), [0]), ((16, 32), [1, 2])])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.conftest import watch
 from tests.kernels.weights import random_raw
 from worker_orcd.backends.base import Operand
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.gguf.types import GgmlType
-from worker_orcd.kernels.driver import Argument
-from worker_orcd.kernels.gpu import Gpu, Work
+from worker_orcd.kernels.gpu import Gpu
 from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, made_of, tiled
 from worker_orcd.kernels.linear.plan import FewTokens, Made, plan_linear
 from worker_orcd.kernels.ops.experts import ExpertOps
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part
-from worker_orcd.kernels.source import Source
 from worker_orcd.quant.repack import pack
 
 Q4_K, Q8_0, MXFP4, F16 = GgmlType.Q4_K, GgmlType.Q8_0, GgmlType.MXFP4, GgmlType.F16
@@ -34,19 +32,6 @@ def matrix_of(gpu: Gpu, kind: GgmlType, shape: tuple[int, int], slices: int, cou
 
 def random(gpu: Gpu, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1])).to(gpu.device)
-
-
-def watch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched from now on."""
-    launched: list[str] = []
-    launch = gpu.launch
-
-    def watched(source: Source, name: str, work: Work, args: Sequence[Argument]) -> None:
-        launched.append(name)
-        launch(source, name, work, args)
-
-    monkeypatch.setattr(gpu, "launch", watched)
-    return launched
 
 
 CASES = [  # format, N, F, slices of the matrix, of the sums, activation, gated
