@@ -54,7 +54,7 @@ def step(adapter: LlamaInferenceAdapter, kv: list[LayerKV], num_seqs: int, rows_
     ("name", "quant", "changes"),
     [
         ("qwen2.5-0.5b", "Q4_K_M", {"layers": 2, "vocab": 1024}),
-        ("gpt-oss-20b", "MXFP4", {"layers": 1, "vocab": 1024, "experts": 4}),
+        ("gpt-oss-20b", "MXFP4", {"layers": 1, "vocab": 1024, "experts": 6, "hidden": 1024, "ffn": 1024}),
     ],
 )
 def test_nothing_is_compiled_in_a_step(
