@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.conftest import NO_COMPILER, NO_GPU, watch
 from tests.kernels.emulator.gpu import EmulatedGpu
-from tests.kernels.weights import random_raw
+from tests.kernels.weights import matrix_of, random, random_raw
 from worker_orcd.backends.base import Experts, Operand
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.driver import Argument
 from worker_orcd.kernels.gpu import Gpu
-from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, tiled
+from worker_orcd.kernels.linear.linear import Linear
 from worker_orcd.kernels.linear.plan import ManyTokens, plan_linear
 from worker_orcd.kernels.ops.experts import ExpertOps, Grouped
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part
-from worker_orcd.quant.repack import pack
 
 Q4_K, Q8_0, MXFP4 = GgmlType.Q4_K, GgmlType.Q8_0, GgmlType.MXFP4
 
@@ -39,17 +36,6 @@ def hopper(request: pytest.FixtureRequest) -> Gpu:
     if not gpu.card.has_wgmma:
         pytest.skip("this GPU has no wgmma")
     return gpu
-
-
-def matrix_of(gpu: Gpu, kind: GgmlType, shape: tuple[int, int], slices: int, count: int = 1) -> TiledMatrix:
-    n, k = shape
-    raw = random_raw(kind, n * count, k, str(gpu.device))
-    whole = tiled(pack(raw, kind, (n * count, k)), kind, shape, count)
-    return replace(whole, plan=plan_linear(n, k, kind, slices))
-
-
-def random(gpu: Gpu, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1])).to(gpu.device)
 
 
 def rows_of(image: Tensor, rows: Tensor) -> Tensor:

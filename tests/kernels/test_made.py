@@ -9,29 +9,17 @@ import torch
 from torch import Tensor
 
 from tests.kernels.conftest import watch
-from tests.kernels.weights import random_raw
+from tests.kernels.weights import matrix_of, random, random_raw
 from worker_orcd.backends.base import Operand
 from worker_orcd.backends.cuda import CudaBackend
 from worker_orcd.gguf.types import GgmlType
 from worker_orcd.kernels.gpu import Gpu
-from worker_orcd.kernels.linear.linear import Linear, TiledMatrix, made_of, tiled
+from worker_orcd.kernels.linear.linear import Linear, made_of
 from worker_orcd.kernels.linear.plan import FewTokens, Made, plan_linear
 from worker_orcd.kernels.ops.experts import ExpertOps
 from worker_orcd.kernels.ops.ops import Activation, Ops, Part
-from worker_orcd.quant.repack import pack
 
 Q4_K, Q8_0, MXFP4, F16 = GgmlType.Q4_K, GgmlType.Q8_0, GgmlType.MXFP4, GgmlType.F16
-
-
-def matrix_of(gpu: Gpu, kind: GgmlType, shape: tuple[int, int], slices: int, count: int = 1) -> TiledMatrix:
-    n, k = shape
-    raw = random_raw(kind, n * count, k, str(gpu.device))
-    whole = tiled(pack(raw, kind, (n * count, k)), kind, shape, count)
-    return replace(whole, plan=plan_linear(n, k, kind, slices))
-
-
-def random(gpu: Gpu, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1])).to(gpu.device)
 
 
 CASES = [  # format, N, F, slices of the matrix, of the sums, activation, gated

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from worker_orcd.gguf.types import GgmlType
+from worker_orcd.kernels.gpu import Gpu
+from worker_orcd.kernels.linear.linear import TiledMatrix, tiled
+from worker_orcd.kernels.linear.plan import plan_linear
 from worker_orcd.quant.format import format_of
+from worker_orcd.quant.repack import pack
 
 HALVES = {  # byte of each fp16 scale in a block → its range
     GgmlType.Q4_0: {0: (2e-3, 6e-3)},
@@ -41,3 +47,16 @@ def random_raw(kind: GgmlType, n: int, k: int, device: str = "cpu", seed: int = 
 def dequantized(kind: GgmlType, raw: Tensor, n: int, k: int) -> Tensor:
     """f64 [n, k]."""
     return format_of(kind).dequantize(raw.view(-1, kind.block_bytes)).view(n, k).double()
+
+
+def matrix_of(gpu: Gpu, kind: GgmlType, shape: tuple[int, int], slices: int, count: int = 1) -> TiledMatrix:
+    """A random one, or several, one under the other, in so many slices."""
+    n, k = shape
+    raw = random_raw(kind, n * count, k, str(gpu.device))
+    whole = tiled(pack(raw, kind, (n * count, k)), kind, shape, count)
+    return replace(whole, plan=plan_linear(n, k, kind, slices))
+
+
+def random(gpu: Gpu, *shape: int) -> Tensor:
+    """The same numbers for a shape, always."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1])).to(gpu.device)

@@ -138,8 +138,6 @@ class CudaBackend:
         """In steps where every sequence has one row, one kernel does what it can; else rotation is another."""
         made_of = _unrotated(qkv, heads, rope, spec, batch)
         if made_of is not None:
-            few = ops.rope_source(made_of.sums, spec.head_dim, kv.k.dtype, made_of.is_interleaved)
-            self._gpu.compile_ahead(few)  # what a prompt of few rows will take
             num_rows, width = batch.slots.shape[0], spec.num_heads * spec.head_dim
             image = self._ops.image(num_rows, width)
             self._flash.store_and_attend(made_of, kv.k, kv.v, _pages(batch.attn), _form(spec), spec.sinks, image)

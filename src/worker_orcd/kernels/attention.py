@@ -32,7 +32,7 @@ from worker_orcd.kernels.attention_kernels import LOG2_E, SPLIT, fold_kernel, pr
 from worker_orcd.kernels.driver import Argument, divide_l1
 from worker_orcd.kernels.gpu import Card, Gpu, Work
 from worker_orcd.kernels.linear.plan import BLOCK_RESERVE, MULTIPROCESSORS
-from worker_orcd.kernels.ops.ops import KV_BITS, Ops, Part, slices_ahead
+from worker_orcd.kernels.ops.ops import KV_BITS, Ops, Part, rope_source, slices_ahead
 from worker_orcd.kernels.source import Source, defined
 
 DECODE_ROWS = 8  # query heads of a block
@@ -228,17 +228,18 @@ class FlashAttention:
         grid = call.num_seqs, form.num_kv_heads * triton.cdiv(form.group, DECODE_ROWS), launch.num_parts
         work = Work(grid, 32 * launch.num_warps, shared_bytes(form, launch, half))
         self._begin(call, ahead)
-        self._gpu.launch(
-            decode_source(form.head_dim, call.k.dtype, call.k.shape[1], launch, ahead), "decode", work, args
-        )
+        source = decode_source(form.head_dim, call.k.dtype, call.k.shape[1], launch, ahead)
+        self._gpu.launch(source, "decode", work, args)
         if partials is not None:
             _launch_fold(call, partials)
 
     def _begin(self, call: Call, ahead: int) -> None:
-        """Begin to compile for other numbers of sequences and splits: they will come, and hold up a step then."""
+        """Begin to compile for what will come, and hold up a step then: other decodes, prompts of few rows."""
         if (key := (call.form, call.k.dtype, ahead)) in self._begun:
             return
         self._begun.add(key)
+        if isinstance(q := call.q, Unrotated):
+            self._gpu.compile_ahead(rope_source(q.sums, call.form.head_dim, call.k.dtype, q.is_interleaved))
         coming = product(range(1, MOST_SEQS + 1), SAMPLE_SPLITS)
         launches = {replace(decode_launch(call.form, *n, self._gpu.card), num_parts=1) for n in coming}
         for launch, slices in product(launches, {ahead, min(ahead, 1)}):
@@ -348,8 +349,7 @@ def decode_launch(form: Form, num_seqs: int, max_splits: int, card: Card) -> Dec
     num_parts = max(1, min(max_splits, PROGRAMS // rows))
     per_sm = triton.cdiv(rows * triton.cdiv(form.group, DECODE_ROWS) * num_parts, MULTIPROCESSORS)
     room = min(card.shared_bytes, SHARED_PER_SM // per_sm - BLOCK_RESERVE)
-    most = min(MOST_WARPS, _tile(form.head_dim) // 16)
-    warps = most if per_sm <= FEW_BLOCKS else 2
+    warps = min(MOST_WARPS, _tile(form.head_dim) // 16) if per_sm <= FEW_BLOCKS else 2
     has_all = warps > 1 and MOST_SLOTS * _tile(form.head_dim) == 2 * SPLIT.value and num_parts == max_splits
     wanted = DecodeLaunch(warps, MOST_SLOTS, num_parts, has_all), DecodeLaunch(warps, 4, num_parts)
     fitting = (launch for launch in wanted if shared_bytes(form, launch, form.head_dim // 2) <= room)

@@ -119,9 +119,9 @@ class Linear:
         Raises ValueError as a call does.
         """
         pair = self._pair(first, second, num_rows)
-        self._begin_pairs(first, second)
         if pair is None or first.has_half != second.has_half:
             return self(image, num_rows, first), self(image, num_rows, second)
+        self._begin_pairs(first, second)
         self._check(image, num_rows, first)
         self._check(image, num_rows, second)
         variant, args, outs, blocks = pair.variant, list[Argument](), list[Tensor](), 0
@@ -200,7 +200,7 @@ class Linear:
         """As `of_sums`, by a variant that makes its operand."""
         assert variant.made is not None
         made, width = variant.made, matrix.shape[1]
-        sums = self._ops.halves(gate_up, width, made.activation, made.up_numbers > 0)
+        sums = self._ops.gate_up(gate_up, width, made.activation, made.up_numbers > 0)
         self._gpu.require(matrix.tiles, dtype=torch.uint8)
         self._multiply((sums, width), out.shape[1], matrix, variant, out, [])
 

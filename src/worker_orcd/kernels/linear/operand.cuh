@@ -28,7 +28,6 @@ struct Operand {
 };
 template <class Weight>
 struct OperandSlice {  // the inputs of `count` tiles from `first` on; their sums lie behind x
-  static constexpr int PIECES = Weight::TILE_K / 64;
   Operand from;
   char* shared;
   int first, count;

@@ -132,16 +132,16 @@ DEVICE void weigh(float (&s)[OWN_STEPS][2][4], uint2 (&weights)[STEPS], State& s
     if (WARPS > 1) shared.weights[(warp * OWN_STEPS + step) * 32 + lane] = weights[step];
   }
 }
-// state += weights · values, and the sum of the weights as a product with ones. With several warps the weights lie at
-// `given`, else they are the warp's own.
-DEVICE void add_values(const uint2 (&weights)[STEPS], const uint2* given, State& state, u32 values) {
+// state += weights · values, and the sum of the weights, weight(step), as a product with ones
+template <class Weight>
+DEVICE void add_values(State& state, u32 values, const Weight& weight) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 a_at = values + ((lane & 7) + (lane >> 4) * 8) * STRIDE + (lane >> 3 & 1) * 16;
   const u32 ones[4] = {ONES, ONES, ONES, ONES};
   float totals[4] = {state.total[0], state.total[1], 0.f, 0.f};
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
-    const uint2 w = WARPS > 1 ? given[step * 32 + lane] : weights[step];
+    const uint2 w = weight(step);
     const u32 b[2] = {w.x, w.y};
     mma_kv(totals, ones, b);
 #pragma unroll
@@ -191,12 +191,12 @@ DEVICE void attend(State& state, Stream& stream, const Form& form, const Shared&
   await_copies<0>();  // values
   sync_block();
   stream.put_newest(TILES + newest);
-  const uint2 none[STEPS] = {};
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     if (tile == tiles) break;
     scale(state, rescale[tile]);
-    add_values(none, shared.weights + tile * STEPS * 32, state, stream.place(TILES + tile));
+    add_values(state, stream.place(TILES + tile),
+               [&](int step) { return shared.weights[(tile * STEPS + step) * 32 + lane]; });
   }
   leave(stream.high);
 }
@@ -204,7 +204,7 @@ DEVICE void attend(State& state, Stream& stream, const Form& form, const Shared&
 // Tile after tile; `leave(end)` is called when a split is done.
 template <class F>
 DEVICE void attend(State& state, Stream& stream, const Form& form, const Shared& shared, F&& leave) {
-  const int items = stream.tiles() * 2;
+  const int items = stream.tiles() * 2, lane = threadIdx.x & 31;
   float s[1][OWN_STEPS][2][4];
   uint2 weights[STEPS];
   auto await_item = [&](int item) {  // the place of the item before it has been read, and takes the next
@@ -220,7 +220,8 @@ DEVICE void attend(State& state, Stream& stream, const Form& form, const Shared&
     const int start = stream.start_of(item), end = start + TILE;
     score(s, shared.queries, await_item(item));
     weigh(s[0], weights, state, form, shared, start, stream.last);
-    add_values(weights, shared.weights, state, await_item(item + 1));
+    add_values(state, await_item(item + 1),
+               [&](int step) { return WARPS > 1 ? shared.weights[step * 32 + lane] : weights[step]; });
     if (end % SPLIT == 0 || end >= stream.high) leave(end);
   }
 }

@@ -210,7 +210,7 @@ class ExpertOps:
         if variant is None:
             return None
         self._gpu.compile_ahead(activate_source(gate_up, kind))  # what more rows will take
-        sums = self._ops.halves(gate_up, matrix.shape[1], kind, is_gated=True)
+        sums = self._ops.gate_up(gate_up, matrix.shape[1], kind, is_gated=True)
         out = torch.empty(matrix.plan.slices, routing.num_places, matrix.shape[0], device=self._gpu.device)
         self._launch_region(matrix, how._replace(variant=variant), (sums, matrix.shape[1], out), region, 0, [])
         return Part(out, bias, routing.experts)

@@ -192,22 +192,18 @@ class Ops:
         """Room for one; who fills it also writes the zeros that pad its inputs."""
         return torch.empty(image_shape(num_rows, width), dtype=torch.bfloat16, device=self._gpu.device)
 
-    def halves(self, parts: Sequence[Part], width: int, kind: Activation, is_gated: bool) -> ctypes.Structure:
-        """As `gate_up`, with a part of its own for each of gate and up."""
-        found = self.gate_up(parts, width, kind, is_gated)
+    def gate_up(self, parts: Sequence[Part], width: int, kind: Activation, is_gated: bool) -> ctypes.Structure:
+        """What an activation of `width` columns is made of, gate and up as a part each; not gated: up alone."""
+        if width % 4 or len(parts) > 2 or (len(parts) == 2 and parts[0].slices.shape[2] != width):
+            raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in parts]}")
+        if kind == "clamped" and not is_gated:
+            raise ValueError("the clamped activation has a gate")
+        found = self.sums(parts, parts[0].slices.shape[1], (1 + is_gated) * width)
         if is_gated and len(parts) == 1:
             gate, (slices, bias, _) = found.part[0], parts[0]
             up = None if bias is None else bias[width:].data_ptr()
             found.part[1] = _Part(slices[:, :, width:].data_ptr(), up, gate.experts, gate.width, gate.count)
         return found
-
-    def gate_up(self, parts: Sequence[Part], width: int, kind: Activation, is_gated: bool) -> ctypes.Structure:
-        """What an activation of `width` columns is made of; not gated: of up alone."""
-        if width % 4 or len(parts) > 2 or (len(parts) == 2 and parts[0].slices.shape[2] != width):
-            raise ValueError(f"gate and up of {width} numbers in parts of {[p.slices.shape[2] for p in parts]}")
-        if kind == "clamped" and not is_gated:
-            raise ValueError("the clamped activation has a gate")
-        return self.sums(parts, parts[0].slices.shape[1], (1 + is_gated) * width)
 
     def sums(self, parts: Sequence[Part], num_rows: int, width: int) -> ctypes.Structure:
         if not 0 < len(parts) <= MAX_PARTS or sum(part.slices.shape[2] for part in parts) != width:

@@ -208,7 +208,7 @@ rope_store(const __grid_constant__ Sums qkv, const __grid_constant__ Norm q_norm
 }
 #endif
 
-#ifdef ACTIVATION  // ---- activation: image = act(gate) up for columns f and F + f. grid (ceil(F / 4 threads), rows)
+#ifdef ACTIVATION  // ---- activation: image = act(gate) up, a part each, of F columns. grid (ceil(F / 4 threads), rows)
 #include "act.cuh"
 
 // With `places` only the rows it names are worked on: it was written before the kernel ahead began.
@@ -216,19 +216,18 @@ extern "C" __global__ void __launch_bounds__(256)
 activate(const __grid_constant__ Sums sums, u32* __restrict__ image, const int* __restrict__ places, int F, int T, int T8) {
   start_next_kernel();
   const int f = (blockIdx.x * blockDim.x + threadIdx.x) * 4, t = places ? fresh(places + blockIdx.y) : blockIdx.y;
-  const Part& whole = sums.part[0];
   await_previous_kernel();
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
   if (f < F) {
 #if GATED
-    const Column<float4> columns[2] = {column<float4>(whole, T, t, f), column<float4>(sums, T, t, F + f)};
+    const Column<float4> columns[2] = {column<float4>(sums.part[0], T, t, f), column<float4>(sums.part[1], T, t, f)};
     float4 found[2];
     add_up<AHEAD>(columns, found);
     const float4 up = found[1];
     v = found[0];
     v = make_float4(gated(v.x, up.x), gated(v.y, up.y), gated(v.z, up.z), gated(v.w, up.w));
 #else
-    const Column<float4> columns[1] = {column<float4>(whole, T, t, f)};
+    const Column<float4> columns[1] = {column<float4>(sums.part[0], T, t, f)};
     float4 found[1];
     add_up<AHEAD>(columns, found);
     v = make_float4(act(found[0].x), act(found[0].y), act(found[0].z), act(found[0].w));
